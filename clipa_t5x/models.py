@@ -1,0 +1,104 @@
+"""The two-tower CLIP model: images and text to embeddings, loss and metrics."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipa_t5x import losses
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+# Random streams that a training step hands to the model.
+RNG_STREAMS = ("patch_mask", "drop_path")
+
+
+def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+    """Scales the last dimension to unit length, in float32.
+
+    The epsilon stands inside the root: the gradient of an all-zero row is finite.
+    """
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+class ClipModel(nn.Module):
+    """CLIP (Radford et al., 2021): an image tower, a text tower and a learned temperature.
+
+    Attributes:
+      image_tower: module from normalised float images to [batch, joint].
+      text_tower: module from token ids to [batch, joint].
+      loss: function of (image embeddings, text embeddings, logit scale, weights) that returns a
+        float32 scalar and a dictionary of scalar metrics; see `clipa_t5x.losses`.
+      init_logit_scale: first value of the logits' factor. The parameter is its logarithm.
+      image_mean, image_std: per channel, on the scale 0-255, applied to uint8 images on device.
+    """
+
+    image_tower: Any
+    text_tower: Any
+    loss: Callable[..., Any] = losses.softmax_contrastive
+    init_logit_scale: float = 1 / 0.07
+    image_mean: Sequence[float] = IMAGENET_MEAN
+    image_std: Sequence[float] = IMAGENET_STD
+
+    def setup(self):
+        """Declares the temperature; the towers are declared by being attributes."""
+        self.logit_scale = self.param(
+            "logit_scale", nn.initializers.constant(np.log(self.init_logit_scale)), ()
+        )
+
+    def embed_images(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """uint8 (or normalised float) [batch, height, width, 3] to unit float32 [batch, joint]."""
+        if images.dtype == jnp.uint8:
+            mean = jnp.asarray(self.image_mean, jnp.float32)
+            std = jnp.asarray(self.image_std, jnp.float32)
+            images = (images.astype(jnp.float32) - mean) / std
+        images = nn.with_logical_constraint(images, ("batch", None, None, None))
+        embeddings = l2_normalize(self.image_tower(images, train=train))
+        return nn.with_logical_constraint(embeddings, ("batch", None))
+
+    def embed_text(self, text: jax.Array, *, train: bool = False) -> jax.Array:
+        """int32 [batch, length] to unit float32 [batch, joint]."""
+        text = nn.with_logical_constraint(text, ("batch", None))
+        embeddings = l2_normalize(self.text_tower(text, train=train))
+        return nn.with_logical_constraint(embeddings, ("batch", None))
+
+    def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+        """Loss and metrics of one global batch.
+
+        Args:
+          batch: 'images' uint8 [batch, height, width, 3], 'text' int32 [batch, length], and
+            'weights' float32 [batch] where some rows are padding.
+          train: whether tokens are masked and paths dropped.
+
+        Returns:
+          (loss, metrics): float32 scalars; metrics hold loss, accuracy and logit_scale.
+        """
+        scale = jnp.exp(self.logit_scale)
+        loss, metrics = self.loss(
+            self.embed_images(batch["images"], train=train),
+            self.embed_text(batch["text"], train=train),
+            scale,
+            batch.get("weights"),
+        )
+        return loss, {"loss": loss, "logit_scale": scale, **metrics}
+
+
+def init_params(model: ClipModel, rng: jax.Array, batch: Batch) -> Params:
+    """Fresh parameters, boxed with their logical axis names, for batches shaped like `batch`."""
+    return model.init({"params": rng}, batch, train=False)["params"]
+
+
+def training_loss(
+    model: ClipModel, params: Params, batch: Batch, rng: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Loss and metrics of a training step; `rng` is that step's key."""
+    rngs = dict(zip(RNG_STREAMS, jax.random.split(rng, len(RNG_STREAMS)), strict=True))
+    return model.apply({"params": params}, batch, train=True, rngs=rngs)  # pyright: ignore[reportReturnType]
