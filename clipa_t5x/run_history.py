@@ -1,0 +1,497 @@
+"""What a run wrote about itself: metrics, stage facts, configuration, retrieval gallery.
+
+A *run* is a model directory with a `metrics.jsonl`; a *schedule* is a model directory whose
+`schedule.json` lists the sub-directories of its stages, each of them a run. `load` reads either. A
+run may still be going on, and may have been killed in the middle of a line and resumed from an
+earlier step, so nothing but the directory and one `metrics.jsonl` is taken for granted. Standard
+library only: a history can be read where JAX is not installed.
+"""
+
+import base64
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from clipa_t5x import errors
+
+METRICS_FILE = "metrics.jsonl"
+STAGE_FILE = "stage.json"
+SCHEDULE_FILE = "schedule.json"
+CONFIG_FILE = "config.gin"
+MODEL_INFO_FILE = "model-info.txt"
+GALLERY_FILE = "gallery.json"
+
+TRAIN_GROUP = "train"
+TRAINING_EVAL = "training_eval/"
+INFERENCE_EVAL = "inference_eval/"
+
+MISSING = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line of `metrics.jsonl`: the values of one group at one step.
+
+    Attributes:
+        step: Step within the stage.
+        time: Unix time in seconds, NaN when the line had none.
+        values: Metric name to value; NaN and infinities are kept.
+    """
+
+    step: int
+    time: float
+    values: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class GalleryImage:
+    """One retrieved image: its data URI if PNG or JPEG, similarity, caption, correctness."""
+
+    source: str | None
+    score: float | None
+    caption: str
+    match: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class GalleryItem:
+    """A test caption and the images that it retrieved, best first."""
+
+    caption: str
+    results: tuple[GalleryImage, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run: its records by group, and the files beside them.
+
+    Attributes:
+        name: The stage's own name, else its directory's.
+        directory: Where it was read from.
+        info: `stage.json` as it stands; read it by `number` and `text`, which bear missing fields.
+        records: Group to its records, by ascending step, one for each step.
+        config: Text of `config.gin`, empty when absent.
+        model_info: Text of `model-info.txt`, empty when absent.
+        gallery: Retrieval examples, empty when absent.
+        problems: What could not be read, one sentence each.
+    """
+
+    name: str
+    directory: pathlib.Path
+    info: Mapping[str, Any]
+    records: Mapping[str, tuple[Record, ...]]
+    config: str = ""
+    model_info: str = ""
+    gallery: tuple[GalleryItem, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def number(self, field: str) -> float | None:
+        """Returns a finite number of `stage.json`, or None when it is missing or something else."""
+        value = self.info.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        # An integer may be too large for a float.
+        number = _to_float(value)
+        return value if number is not None and math.isfinite(number) else None
+
+    def text(self, field: str) -> str | None:
+        """Returns a non-empty string of `stage.json`, or None."""
+        value = self.info.get(field)
+        return value if isinstance(value, str) and value else None
+
+    def points(self, group: str, value: str) -> list[tuple[int, float]]:
+        """Returns (step, value) for every record of the group that has the value."""
+        records = self.records.get(group, ())
+        return [(r.step, r.values[value]) for r in records if value in r.values]
+
+    @functools.cached_property
+    def last_step(self) -> int | None:
+        """The greatest step of any record, or None before the first."""
+        return max((r[-1].step for r in self.records.values() if r), default=None)
+
+    @functools.cached_property
+    def _logged_samples(self) -> list[tuple[int, float]]:
+        points = self.points(TRAIN_GROUP, "samples")
+        return [(step, samples) for step, samples in points if math.isfinite(samples)]
+
+    def samples_at(self, step: int) -> float | None:
+        """Returns the samples that this stage had seen at a step, None when nothing tells it.
+
+        Evaluations do not log samples: theirs lie on the line through the neighbouring train
+        records, or on steps x batch size where there are none.
+        """
+        logged, batch_size = self._logged_samples, self.number("batch_size")
+        if not logged:
+            return None if batch_size is None else step * batch_size
+        at = bisect.bisect_left(logged, (step, -math.inf))
+        if at < len(logged) and logged[at][0] == step:
+            return logged[at][1]
+        if 0 < at < len(logged):
+            (step0, samples0), (step1, samples1) = logged[at - 1], logged[at]
+            return samples0 + (samples1 - samples0) * (step - step0) / (step1 - step0)
+        near_step, near_samples = logged[0] if at == 0 else logged[-1]
+        slope = batch_size if batch_size is not None else logged[-1][1] / max(logged[-1][0], 1)
+        return max(near_samples + (step - near_step) * slope, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHistory:
+    """All stages of a model directory, in order; a lone run is a history of one stage."""
+
+    name: str
+    directory: pathlib.Path
+    stages: tuple[Stage, ...]
+
+    @functools.cached_property
+    def axis(self) -> str:
+        """What curves run over: "samples", or "steps" when a stage does not tell its samples."""
+        begun = [stage for stage in self.stages if stage.last_step is not None]
+        known = all(stage.samples_at(stage.last_step or 0) is not None for stage in begun)
+        return "samples" if known else "steps"
+
+    @functools.cached_property
+    def spans(self) -> tuple[tuple[float, float], ...]:
+        """(start, end) of every stage on the cumulative axis; a stage not begun is empty."""
+        spans, start = [], 0.0
+        for stage in self.stages:
+            end = start + self._position(stage, stage.last_step or 0)
+            spans.append((start, end))
+            start = end
+        return tuple(spans)
+
+    def _position(self, stage: Stage, step: int) -> float:
+        if self.axis == "steps":
+            return float(step)
+        return float(stage.samples_at(step) or 0)
+
+    def curve(self, group: str, value: str) -> list[list[tuple[float, float]]]:
+        """Returns, for every stage, (position on the cumulative axis, value) by ascending step."""
+        return [
+            [(start + self._position(stage, step), y) for step, y in stage.points(group, value)]
+            for stage, (start, _) in zip(self.stages, self.spans, strict=True)
+        ]
+
+    def group_names(self, prefix: str, value: str) -> list[str]:
+        """Returns names of groups with this prefix (cut off) and value, in order of appearance."""
+        return list(
+            dict.fromkeys(
+                group.removeprefix(prefix)
+                for stage in self.stages
+                for group in stage.records
+                if group.startswith(prefix) and stage.points(group, value)
+            )
+        )
+
+
+def load(model_dir: str | os.PathLike[str]) -> RunHistory:
+    """Reads a run or a schedule of runs.
+
+    Args:
+        model_dir: A local directory with `metrics.jsonl`, or with `schedule.json` and its stages.
+
+    Returns:
+        The history; stages that have not begun are in it, without records.
+
+    Raises:
+        errors.UserError: There is no such directory, no `metrics.jsonl` in it or its stages, or
+            its `schedule.json` is not a list of sub-directories.
+    """
+    where = os.fspath(model_dir)
+    if "://" in where:
+        raise errors.UserError(
+            f"model directory '{where}' is not a local path: copy its small files (*.json, "
+            "*.jsonl, *.gin, *.txt) here and name that copy"
+        )
+    directory = pathlib.Path(where)
+    if not directory.is_dir():
+        raise errors.UserError(f"model directory '{where}' does not exist: name the MODEL_DIR")
+    if (directory / SCHEDULE_FILE).is_file():
+        folders = [directory / name for name in _stage_names(directory / SCHEDULE_FILE)]
+    else:
+        folders = [directory]
+    if not any((folder / METRICS_FILE).is_file() for folder in folders):
+        raise errors.UserError(
+            f"no {METRICS_FILE} in '{where}' nor in stages of a {SCHEDULE_FILE} there: it is not "
+            "the MODEL_DIR of a run, or its training has not logged yet"
+        )
+    stages = tuple(_load_stage(folder) for folder in folders)
+    return RunHistory(name=directory.resolve().name, directory=directory, stages=stages)
+
+
+def _stage_names(path: pathlib.Path) -> list[str]:
+    try:
+        schedule = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise errors.UserError(f"'{path}' is not JSON ({error}): write it anew") from error
+    names = schedule.get("stages") if isinstance(schedule, dict) else None
+    # A name is one path component, lest a report quote files from outside its own run.
+    if not (
+        isinstance(names, list)
+        and names
+        and all(isinstance(name, str) and _is_component(name) for name in names)
+    ):
+        raise errors.UserError(
+            f"'{path}' has stages {names!r}: write {{\"stages\": [names of sub-directories]}}"
+        )
+    return names
+
+
+def _is_component(name: str) -> bool:
+    return name not in ("", "..") and pathlib.Path(name).name == name
+
+
+def _load_stage(folder: pathlib.Path) -> Stage:
+    problems: list[str] = []
+    info = _read_object(folder / STAGE_FILE, problems)
+    gallery = _read_object(folder / GALLERY_FILE, problems)
+    name = info.get("name")
+    return Stage(
+        name=name if isinstance(name, str) and name else folder.resolve().name,
+        directory=folder,
+        info=info,
+        records=_read_records(folder / METRICS_FILE, problems),
+        config=_read_text(folder / CONFIG_FILE),
+        model_info=_read_text(folder / MODEL_INFO_FILE),
+        gallery=tuple(_gallery_items(gallery)),
+        problems=tuple(problems),
+    )
+
+
+def _read_text(path: pathlib.Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_object(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    problems.append(f"{path.name} is not a JSON object and was left out")
+    return {}
+
+
+def _read_records(path: pathlib.Path, problems: list[str]) -> dict[str, tuple[Record, ...]]:
+    groups: dict[str, dict[int, Record]] = {}
+    unreadable = 0
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if not line.strip():
+                    continue
+                found = _parse_line(line)
+                if found is not None:
+                    group, record = found
+                    groups.setdefault(group, {})[record.step] = record
+                # A last line without its newline is a run caught in the act, not a defect.
+                elif line.endswith("\n"):
+                    unreadable += 1
+    if unreadable:
+        lines_were = "1 line was" if unreadable == 1 else f"{unreadable} lines were"
+        problems.append(f"{lines_were} unreadable in {path.name} and left out")
+    return {
+        group: tuple(by_step[step] for step in sorted(by_step)) for group, by_step in groups.items()
+    }
+
+
+def _parse_line(line: str) -> tuple[str, Record] | None:
+    # A resumed run appends its first line to the torn one: the whole record at the end is good.
+    start = line.find("{")
+    while start >= 0:
+        try:
+            return _record(json.loads(line[start:]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            start = line.find("{", start + 1)
+    return None
+
+
+def _record(line: dict[str, Any]) -> tuple[str, Record]:
+    group, step, values = line["group"], line["step"], line["values"]
+    if not isinstance(group, str) or not isinstance(values, dict):
+        raise TypeError
+    numbers = {name: _to_float(value) for name, value in values.items()}
+    kept = {name: number for name, number in numbers.items() if number is not None}
+    time = _to_float(line.get("time"))
+    return group, Record(int(step), math.nan if time is None else time, kept)
+
+
+def _to_float(value: Any) -> float | None:
+    if value is None:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _gallery_items(gallery: Mapping[str, Any]) -> Iterator[GalleryItem]:
+    for item in _objects(gallery.get("items")):
+        results = tuple(
+            GalleryImage(
+                source=_data_uri(_string(result.get("image"))),
+                score=_to_float(result["score"]) if "score" in result else None,
+                caption=_string(result.get("caption")),
+                match=result.get("match") is True,
+            )
+            for result in _objects(item.get("results"))
+        )
+        if results:
+            yield GalleryItem(caption=_string(item.get("caption")), results=results)
+
+
+def _data_uri(encoded: str) -> str | None:
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        return None
+    # The bytes tell what they are; the file's word for it would end up in an attribute.
+    for kind, magic in (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff")):
+        if content.startswith(magic):
+            return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return None
+
+
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def summary_rows(history: RunHistory) -> list[dict[str, Any]]:
+    """Sums up every stage in one row of plain values; None where the run does not tell.
+
+    Args:
+        history: What `load` returned.
+
+    Returns:
+        For every stage: `stage` (name), `step` and `total_steps`, `completed` (bool or None),
+        `pixels` (side of the square image), `tokens_kept` and `tokens` (image tokens),
+        `text_tokens`, `samples` (seen in the stage), `images_per_second` (median over train
+        records but the first, which contains the compilation), `zero_shot` (evaluator name to its
+        last top-1 accuracy in 0..1, or None), `seconds` (wall time).
+    """
+    evaluators = history.group_names(INFERENCE_EVAL, "accuracy")
+    return [_summary_row(stage, evaluators) for stage in history.stages]
+
+
+def _summary_row(stage: Stage, evaluators: Sequence[str]) -> dict[str, Any]:
+    speeds = [speed for _, speed in stage.points(TRAIN_GROUP, "samples_per_second")[1:]]
+    speeds = [speed for speed in speeds if math.isfinite(speed)]
+    accuracies = {name: stage.points(INFERENCE_EVAL + name, "accuracy") for name in evaluators}
+    completed = stage.info.get("completed")
+    return {
+        "stage": stage.name,
+        "step": stage.last_step,
+        "total_steps": stage.number("total_steps"),
+        "completed": completed if isinstance(completed, bool) else None,
+        "pixels": stage.number("image_size"),
+        "tokens_kept": stage.number("num_image_tokens_kept"),
+        "tokens": stage.number("num_image_tokens"),
+        "text_tokens": stage.number("text_length"),
+        "samples": None if stage.last_step is None else stage.samples_at(stage.last_step),
+        "images_per_second": statistics.median(speeds) if speeds else None,
+        "zero_shot": {name: p[-1][1] if p else None for name, p in accuracies.items()},
+        "seconds": stage.number("wall_seconds"),
+    }
+
+
+def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Formats rows of `summary_rows` as text cells; the first row holds the headings."""
+    evaluators = list(rows[0]["zero_shot"]) if rows else []
+    fixed = ["stage", "pixels", "image tokens", "text tokens", "samples", "images/s"]
+    cells = [[*fixed, *(f"top-1 {name}" for name in evaluators), "duration"]]
+    for row in rows:
+        tokens = [format_count(row["tokens_kept"]), format_count(row["tokens"])]
+        cells.append(
+            [
+                _stage_cell(row),
+                format_count(row["pixels"]),
+                MISSING if tokens == [MISSING, MISSING] else " of ".join(tokens),
+                format_count(row["text_tokens"]),
+                format_count(row["samples"]),
+                format_count(row["images_per_second"]),
+                *(format_percent(row["zero_shot"][name]) for name in evaluators),
+                format_duration(row["seconds"]),
+            ]
+        )
+    return cells
+
+
+def _stage_cell(row: Mapping[str, Any]) -> str:
+    if row["step"] is None:
+        return f"{row['stage']} (not begun)"
+    if row["completed"] is False:
+        return f"{row['stage']} (step {row['step']:,} of {format_count(row['total_steps'])})"
+    return row["stage"]
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lays rows of `summary_rows` out as a plain-text table, without a final newline."""
+    # Names come from files: a line break or an escape sequence must not reach the terminal.
+    cells = [[_printable(cell) for cell in row] for row in table_cells(rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def format_count(value: float | None) -> str:
+    """Formats a count: digits in groups up to ten million, then three figures and a unit."""
+    if value is None:
+        return MISSING
+    if not math.isfinite(value) or abs(value) >= 1e7:
+        return format_compact(value)
+    if 0 < abs(value) < 10 and value != round(value):
+        return f"{value:.1f}"
+    return f"{value:,.0f}"
+
+
+def format_compact(value: float) -> str:
+    """Formats a number in at most three figures and a unit: 950, 12.8k, 400M, 12.8B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        # Half a last figure below the unit already rounds up to it: 999.9k is 1M.
+        if abs(value) >= size * 0.9995 and math.isfinite(value):
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def format_percent(value: float | None) -> str:
+    """Formats a fraction in 0..1 as a percentage with one decimal."""
+    return MISSING if value is None else f"{value:.1%}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Formats seconds by their two largest units: 8.2 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
+    if seconds is None:
+        return MISSING
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for (unit, size), (lower, lower_size) in itertools.pairwise(units):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // lower_size} {lower}"
+    return f"{whole} s"
