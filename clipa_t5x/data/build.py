@@ -1,0 +1,408 @@
+"""Builds a small data set: `python -m clipa_t5x.data.build shapes --output_dir=data/shapes`.
+
+The result is what img2dataset would have left behind, so the small data sets and a web crawl are
+read along one path:
+
+    <output_dir>/<split>/00000.tfrecord    tf.Examples of key, jpg, txt, width, height and labels
+    <output_dir>/vocab.txt                 WordPiece vocabulary, one token per line
+    <output_dir>/classes/<name>.txt        class names, the line number is the label
+    <output_dir>/templates/<name>.txt      zero-shot prompt templates
+    <output_dir>/manifest.json             arguments, and records and SHA-256 of every shard
+
+The data set appears at once, when it is complete: it is written beside its place, then renamed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+from clipa_t5x.data import digits, record_writer, shapes, wordpiece
+from clipa_t5x.errors import UserError
+
+# Raised whenever the same arguments give other bytes than before.
+GENERATOR_VERSION = 1
+_GENERATOR = "clipa_t5x.data.build"
+_MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is to be built.
+
+    Attributes:
+      name: the data set's name.
+      arguments: everything that the data depends on, as the manifest tells it.
+      splits: by name, the number of records and a function that yields their features.
+      class_lists: class names by the name of the list.
+      template_lists: prompt templates by the name of the list.
+      phrases: texts that hold every word of the captions.
+    """
+
+    name: str
+    arguments: Mapping[str, int]
+    splits: Mapping[str, tuple[int, Callable[[], Iterator[record_writer.Features]]]]
+    class_lists: Mapping[str, Sequence[str]]
+    template_lists: Mapping[str, Sequence[str]]
+    phrases: Sequence[str]
+
+
+class Progress:
+    """Counts records on a stream: in place on a terminal, else on a new line now and then."""
+
+    def __init__(self, total: int, stream: TextIO):
+        """Prepares to count; the clock starts with the first record.
+
+        Args:
+          total: the number of records that will have been counted at the end.
+          stream: where to write.
+        """
+        self._total = total
+        self._stream = stream
+        self._in_place = stream.isatty()
+        self._interval = 0.2 if self._in_place else 5.0
+        self._done = 0
+        self._start = self._last_report = 0.0
+
+    def count(self) -> None:
+        """Counts one record."""
+        now = time.monotonic()
+        if self._done == 0:
+            # What went before, such as TensorFlow's import, tells nothing about the rate.
+            self._start = self._last_report = now
+        self._done += 1
+        if now - self._last_report >= self._interval or self._done == self._total:
+            self._last_report = now
+            self._report(now - self._start)
+
+    def _report(self, seconds: float) -> None:
+        rate = (self._done - 1) / max(seconds, 1e-6)
+        eta = (self._total - self._done) / max(rate, 1e-6)
+        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+        line = f"{self._done}/{self._total} records, {speed}/s, ETA {eta:.0f} s"
+        if self._in_place:
+            end = "\n" if self._done == self._total else ""
+            self._stream.write(f"\r{line:<60}{end}")
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+
+def build(
+    dataset: Dataset,
+    output_dir: str | os.PathLike[str],
+    *,
+    num_shards: int = 8,
+    overwrite: bool = False,
+    progress_stream: TextIO | None = None,
+) -> dict[str, Any] | None:
+    """Writes a data set.
+
+    Args:
+      dataset: what to write.
+      output_dir: where; a local directory that is missing, empty, or holds a data set.
+      num_shards: files per split.
+      overwrite: replace another data set found there.
+      progress_stream: where to report progress; standard error if None.
+
+    Returns:
+      The manifest; None if this very data set is there already.
+
+    Raises:
+      UserError: the place is taken, or is not a local directory.
+    """
+    # A link is followed, so that the data set lands on the disk that the link points to.
+    target = pathlib.Path(os.path.realpath(output_dir))
+    if "://" in os.fspath(output_dir) or (target.exists() and not target.is_dir()):
+        raise UserError(
+            f"--output_dir={output_dir} is not a local directory: "
+            "build into one, then copy the result where it is to go"
+        )
+    arguments = {**dataset.arguments, "num_shards": num_shards}
+    if _holds(target, dataset.name, arguments):
+        return None
+    _check_place(target, output_dir, overwrite)
+
+    total = sum(num_records for num_records, _ in dataset.splits.values())
+    progress = Progress(total, progress_stream or sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    with _removed_at_exit(unfinished):
+        unfinished.mkdir()
+        manifest = _write(dataset, arguments, unfinished, progress)
+        _swap_in(unfinished, target)
+    return manifest
+
+
+def _read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(manifest, dict) and manifest.get("generator") == _GENERATOR
+    return manifest if ours else None
+
+
+def _holds(directory: pathlib.Path, name: str, arguments: Mapping[str, int]) -> bool:
+    manifest = _read_manifest(directory)
+    if manifest is None:
+        return False
+    found = tuple(manifest.get(k) for k in ("name", "generator_version", "arguments"))
+    if found != (name, GENERATOR_VERSION, arguments):
+        return False
+    return all(
+        (directory / split / shard["file"]).is_file()
+        for split, facts in manifest["splits"].items()
+        for shard in facts["shards"]
+    )
+
+
+def _check_place(target: pathlib.Path, output_dir: str | os.PathLike[str], overwrite: bool) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        return
+    manifest = _read_manifest(target)
+    if manifest is None:
+        # Replacing means deleting; what this command has not written is not its to delete.
+        raise UserError(
+            f"--output_dir={output_dir} holds files that are no data set of this command: "
+            "choose an empty or new directory (--overwrite replaces data sets only)"
+        )
+    if not overwrite:
+        raise UserError(
+            f"--output_dir={output_dir} holds another data set ({manifest.get('name')}, version "
+            f"{manifest.get('generator_version')}, {_spell(manifest.get('arguments'))}) or an "
+            "incomplete one: pass --overwrite to replace it, or choose another directory"
+        )
+
+
+def _spell(arguments: Any) -> str:
+    if not isinstance(arguments, dict):
+        return "arguments unknown"
+    return " ".join(f"{name}={value}" for name, value in arguments.items())
+
+
+@contextlib.contextmanager
+def _removed_at_exit(directory: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _swap_in(finished: pathlib.Path, target: pathlib.Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        finished.replace(target)
+        return
+    replaced = target.with_name(f"{finished.name}-replaced")
+    target.replace(replaced)
+    finished.replace(target)
+    shutil.rmtree(replaced)
+
+
+def _write(
+    dataset: Dataset,
+    arguments: Mapping[str, int],
+    directory: pathlib.Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    texts = [
+        *dataset.phrases,
+        *(name for names in dataset.class_lists.values() for name in names),
+        *(t.replace("{}", "") for lines in dataset.template_lists.values() for t in lines),
+    ]
+    vocabulary = wordpiece.build_vocabulary(texts)
+    wordpiece.write_vocabulary(directory / "vocab.txt", vocabulary)
+    for folder, lists in (("classes", dataset.class_lists), ("templates", dataset.template_lists)):
+        (directory / folder).mkdir()
+        for name, lines in lists.items():
+            text = "".join(f"{line}\n" for line in lines)
+            (directory / folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+    splits = {
+        split: _write_split(
+            directory / split, make_features(), arguments["num_shards"], set(vocabulary), progress
+        )
+        for split, (_, make_features) in dataset.splits.items()
+    }
+    manifest = {
+        "generator": _GENERATOR,
+        "generator_version": GENERATOR_VERSION,
+        "name": dataset.name,
+        "seed": arguments["seed"],
+        "arguments": dict(arguments),
+        "splits": splits,
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    (directory / _MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    return manifest
+
+
+def _write_split(
+    directory: pathlib.Path,
+    examples: Iterator[record_writer.Features],
+    num_shards: int,
+    vocabulary: set[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    lengths = []
+
+    def records() -> Iterator[bytes]:
+        for features in examples:
+            caption = str(features["txt"])
+            unknown = set(wordpiece.basic_tokenize(caption)).difference(vocabulary)
+            if unknown:
+                raise AssertionError(f"phrases() lacks {sorted(unknown)} of {caption!r}")
+            lengths.append(len(caption.split()))
+            progress.count()
+            yield record_writer.serialize(features)
+
+    shards = record_writer.write_shards(directory, records(), num_shards)
+    return {
+        "records": len(lengths),
+        "caption_words": {
+            "min": min(lengths),
+            "mean": round(sum(lengths) / len(lengths), 3),
+            "max": max(lengths),
+        },
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+
+
+def shapes_dataset(
+    *,
+    num_train: int = 16_000,
+    num_validation: int = 1_000,
+    num_zeroshot: int = 1_024,
+    image_size: int = 64,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> Dataset:
+    """Returns the data set of procedural scenes, see `shapes`.
+
+    Args:
+      num_train: scenes of the training combinations.
+      num_validation: scenes that show held-out combinations.
+      num_zeroshot: single objects of held-out combinations, with labels.
+      image_size: the side of the images, in pixels.
+      seed: the seed of everything random.
+      num_workers: processes to render in; the data does not depend on it.
+    """
+    sizes = {"train": num_train, "validation": num_validation, "zeroshot": num_zeroshot}
+    options = {"image_size": image_size, "seed": seed}
+    return Dataset(
+        name="shapes",
+        arguments={**{f"num_{split}": size for split, size in sizes.items()}, **options},
+        splits={
+            split: (
+                size,
+                functools.partial(shapes.examples, split, size, num_workers=num_workers, **options),
+            )
+            for split, size in sizes.items()
+        },
+        class_lists=shapes.class_lists(),
+        template_lists=shapes.template_lists(),
+        phrases=shapes.phrases(),
+    )
+
+
+def digits_dataset(*, image_size: int = 32, seed: int = 0) -> Dataset:
+    """Returns the data set of scikit-learn's handwritten digits, see `digits`.
+
+    Args:
+      image_size: the side of the images, in pixels.
+      seed: chooses the captions' phrasings.
+    """
+    options = {"image_size": image_size, "seed": seed}
+    return Dataset(
+        name="digits",
+        arguments=options,
+        splits={
+            split: (size, functools.partial(digits.examples, split, **options))
+            for split, size in digits.SPLITS.items()
+        },
+        class_lists=digits.class_lists(),
+        template_lists=digits.template_lists(),
+        phrases=digits.phrases(),
+    )
+
+
+_MAKERS: dict[str, Callable[..., Dataset]] = {"shapes": shapes_dataset, "digits": digits_dataset}
+_LEAST = {"image_size": 8, "seed": 0, "num_workers": 0}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clipa_t5x.data.build", description="Builds a small data set."
+    )
+    commands = parser.add_subparsers(dest="dataset", required=True, metavar="{shapes,digits}")
+    shapes_parser = commands.add_parser("shapes", help="procedural scenes of patterned shapes")
+    digits_parser = commands.add_parser("digits", help="scikit-learn's handwritten digits")
+    # Options that are left out keep the defaults of the functions above.
+    for option, meaning in (
+        ("num_train", "training scenes (16000)"),
+        ("num_validation", "scenes with held-out combinations (1000)"),
+        ("num_zeroshot", "single objects of held-out combinations (1024)"),
+        ("num_workers", "processes that render; the data does not depend on it (2)"),
+    ):
+        default = 2 if option == "num_workers" else argparse.SUPPRESS
+        shapes_parser.add_argument(f"--{option}", type=int, default=default, help=meaning)
+    for command, size, num_shards in ((shapes_parser, 64, 8), (digits_parser, 32, 4)):
+        command.add_argument("--output_dir", required=True, help="where the data set goes")
+        command.add_argument(
+            "--image_size", type=int, default=size, help=f"side of the images in pixels ({size})"
+        )
+        command.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+        command.add_argument(
+            "--num_shards", type=int, default=num_shards, help=f"files per split ({num_shards})"
+        )
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace another data set in output_dir"
+        )
+    return parser
+
+
+def _run(arguments: dict[str, Any]) -> None:
+    name, output_dir = arguments.pop("dataset"), arguments.pop("output_dir")
+    overwrite, num_shards = arguments.pop("overwrite"), arguments.pop("num_shards")
+    for option, value in {**arguments, "num_shards": num_shards}.items():
+        if value < _LEAST.get(option, 1):
+            raise UserError(
+                f"--{option}={value} is too small: give at least {_LEAST.get(option, 1)}"
+            )
+    dataset = _MAKERS[name](**arguments)
+    manifest = build(dataset, output_dir, num_shards=num_shards, overwrite=overwrite)
+    if manifest is None:
+        print(f"{output_dir} already holds this data set: nothing to do")
+        return
+    sizes = ", ".join(f"{split} {facts['records']}" for split, facts in manifest["splits"].items())
+    print(f"{name} is ready in {output_dir}: {sizes}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: the command line without the program's name; the process's own if None.
+
+    Returns:
+      The exit status: 0, or 2 after a mistake of the user.
+    """
+    # TensorFlow, imported later to write the records, greets with warnings about missing GPUs.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        _run(vars(_parser().parse_args(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
