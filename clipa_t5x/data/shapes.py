@@ -464,7 +464,8 @@ def examples(
         return
     # Forking a process whose threads belong to TensorFlow or JAX can deadlock, so spawn.
     context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    pool = futures.ProcessPoolExecutor(num_workers, mp_context=context)
+    try:
         # Enough pending chunks to keep the workers busy, few enough to bound the memory.
         pending: collections.deque[futures.Future] = collections.deque()
         for chunk in chunks:
@@ -473,3 +474,6 @@ def examples(
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
+    finally:
+        # Whoever stops reading early does not wait for what is still queued.
+        pool.shutdown(cancel_futures=True)
