@@ -416,18 +416,10 @@ class Configurables:
 
     def _mentioned(self, selector: str) -> set[str]:
         """Returns what some statement mentioned under this name or one that it ends."""
-        exact = self._spellings.get(selector)
-        return (
-            set(exact)
-            if exact
-            else set().union(
-                *(
-                    registered
-                    for spelling, registered in self._spellings.items()
-                    if spelling.endswith(f".{selector}")
-                )
-            )
-        )
+        if selector in self._spellings:
+            return set(self._spellings[selector])
+        ends = [spelling for spelling in self._spellings if spelling.endswith(f".{selector}")]
+        return {registered for spelling in ends for registered in self._spellings[spelling]}
 
     def _importable(self, selector: str, where: Where) -> set[str]:
         """Returns what the names that any file imported give access to."""
