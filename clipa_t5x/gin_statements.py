@@ -17,11 +17,11 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from etils import epath
-
 import gin
-from clipa_t5x import errors
+from etils import epath
 from gin import config, config_parser
+
+from clipa_t5x import errors
 
 MACRO = "gin.macro"
 CONSTANT = "gin.constant"

@@ -12,14 +12,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
+import gin
 import jax
 from absl import logging
 from etils import epath
+from gin import config
 
-import gin
 from clipa_t5x import errors, gin_statements
 from clipa_t5x.gin_statements import CONSTANT, MACRO, Binding
-from gin import config
 
 _LINE_LENGTH = 100
 _GIN_CONTEXT = "\n  In call to configurable"
@@ -477,3 +477,11 @@ class _Writer:
             return f"%{scope}"
         name = "/".join([*reference.scopes, self._name(selector)])
         return f"@{name}()" if reference.evaluate else f"@{name}"
+
+
+def build_arguments(root: str) -> dict[str, Any]:
+    """Builds what `root` would be called with, without calling it.
+
+    Doors other than training use the objects that a training configuration describes.
+    """
+    return gin.get_bindings(_root_source(root).target, resolve_references=True)

@@ -4,9 +4,9 @@ import shutil
 import sys
 import textwrap
 
+import gin
 import pytest
 
-import gin
 from clipa_t5x import errors, gin_utils
 
 WORKSPACE = pathlib.Path(__file__).parent / "testdata" / "toyclip_workspace"

@@ -63,7 +63,7 @@ def kernel_inits(style: str, width: int, init_depth: int) -> dict[str, Initializ
       width: W, the tower's embed dimension.
       init_depth: the depth of the residual scaling. CLIPA's is 12 for towers of every depth.
     """
-    normal, xavier = nn.initializers.normal, nn.initializers.xavier_uniform()
+    normal, xavier = nn.initializers.normal, nn.initializers.xavier_uniform
     residual = normal(width**-0.5 * (2 * init_depth) ** -0.5)
     styles = {
         "width_scaled": {
@@ -72,9 +72,45 @@ def kernel_inits(style: str, width: int, init_depth: int) -> dict[str, Initializ
             "fc1": normal((2 * width) ** -0.5),
             "fc2": residual,
         },
-        "xavier_uniform": dict.fromkeys(("qkv", "attention_out", "fc1", "fc2"), xavier),
+        "xavier_uniform": {
+            "qkv": xavier(in_axis=0, out_axis=(1, 2)),
+            "attention_out": xavier(in_axis=(0, 1), out_axis=2),
+            "fc1": xavier(),
+            "fc2": xavier(),
+        },
     }
     return choose("init_style", style, styles)
+
+
+class Einsum(nn.Module):
+    """A linear map by `jnp.einsum`, with bias: what turns embeddings into heads and back.
+
+    Attributes:
+      equation: of inputs and kernel.
+      shape: of the kernel.
+      axes: logical axis names of the kernel's dimensions.
+      bias_dims: how many of the kernel's last dimensions the bias has.
+      kernel_init: initialiser of the kernel.
+      dtype: computation dtype.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias_dims: int
+    kernel_init: Initializer
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the map to `inputs`, shaped as `equation` says."""
+        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), self.shape)
+        zeros = partitioned(nn.initializers.zeros, *self.axes[-self.bias_dims :])
+        bias = self.param("bias", zeros, self.shape[-self.bias_dims :])
+        inputs = inputs.astype(self.dtype)
+        return jnp.einsum(self.equation, inputs, kernel.astype(self.dtype)) + bias.astype(
+            self.dtype
+        )
 
 
 class MultiHeadAttention(nn.Module):
@@ -108,12 +144,16 @@ class MultiHeadAttention(nn.Module):
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}.")
 
+        head_dim = width // self.num_heads
+
         def project(name: str, inputs: jax.Array) -> jax.Array:
-            outputs = nn.DenseGeneral(
-                features=(self.num_heads, width // self.num_heads),
+            outputs = Einsum(
+                equation="bld,dhk->blhk",
+                shape=(width, self.num_heads, head_dim),
+                axes=("embed", "heads", "kv"),
+                bias_dims=2,
+                kernel_init=self.inits["qkv"],
                 dtype=self.dtype,
-                kernel_init=partitioned(self.inits["qkv"], "embed", "heads", "kv"),
-                bias_init=partitioned(nn.initializers.zeros, "heads", "kv"),
                 name=name,
             )(inputs)
             outputs = nn.with_logical_constraint(outputs, ("batch", "length", "heads", "kv"))
@@ -122,12 +162,13 @@ class MultiHeadAttention(nn.Module):
         attended = jax.nn.dot_product_attention(
             project("query", queries), project("key", keys), project("value", keys), mask=mask
         )
-        return nn.DenseGeneral(
-            features=width,
-            axis=(-2, -1),
+        return Einsum(
+            equation="blhk,hkd->bld",
+            shape=(self.num_heads, head_dim, width),
+            axes=("heads", "kv", "embed"),
+            bias_dims=1,
+            kernel_init=self.inits["attention_out"],
             dtype=self.dtype,
-            kernel_init=partitioned(self.inits["attention_out"], "heads", "kv", "embed"),
-            bias_init=partitioned(nn.initializers.zeros, "embed"),
             name="out",
         )(attended)
 

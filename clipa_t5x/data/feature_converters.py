@@ -1,0 +1,57 @@
+"""The seam between tasks and the model: exact features, dtypes, ranks and lengths, or an error."""
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+FeatureSpec = seqio.FeatureConverter.FeatureSpec
+IMAGES = FeatureSpec(dtype=tf.uint8, rank=3, sequence_dim=0)
+TEXT = FeatureSpec(dtype=tf.int32, rank=1, sequence_dim=0)
+
+# What an example may carry beside the model's features, for evaluators.
+PASSTHROUGH = {
+    "index": FeatureSpec(dtype=tf.int64, rank=0),
+    "label": FeatureSpec(dtype=tf.int32, rank=0),
+    "caption": FeatureSpec(dtype=tf.string, rank=0),
+}
+
+
+class ImageTextFeatureConverter(seqio.FeatureConverter):
+    """'images' uint8 [size, size, 3] and 'text' int32 [length], neither packed nor trimmed."""
+
+    TASK_FEATURES: Mapping[str, FeatureSpec] = {"images": IMAGES, "text": TEXT}
+    MODEL_FEATURES: Mapping[str, FeatureSpec] = {"images": IMAGES, "text": TEXT}
+    PACKING_FEATURE_DTYPES = None
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        del task_feature_lengths
+        wanted = (*self.MODEL_FEATURES, *self._passthrough_features)
+        return ds.map(lambda example: {key: example[key] for key in wanted})
+
+    def get_model_feature_lengths(
+        self, task_feature_lengths: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """The model's features are the task's."""
+        return task_feature_lengths
+
+
+class ImageFeatureConverter(ImageTextFeatureConverter):
+    """'images' alone, for classification data without captions."""
+
+    TASK_FEATURES: Mapping[str, FeatureSpec] = {"images": IMAGES}
+    MODEL_FEATURES: Mapping[str, FeatureSpec] = {"images": IMAGES}
+
+
+def convert(
+    ds: tf.data.Dataset, feature_lengths: Mapping[str, int]
+) -> tuple[tf.data.Dataset, type[seqio.FeatureConverter]]:
+    """Validates and converts a task's dataset; what is known to evaluators passes through."""
+    passthrough = {key: spec for key, spec in PASSTHROUGH.items() if key in ds.element_spec}
+    has_text = "text" in ds.element_spec
+    converter_cls = ImageTextFeatureConverter if has_text else ImageFeatureConverter
+    lengths = {key: feature_lengths[key] for key in converter_cls.TASK_FEATURES}
+    converter = converter_cls(pack=False, passthrough_features=passthrough)
+    return converter(ds, {**lengths, **dict.fromkeys(passthrough, 1)}), converter_cls

@@ -1,0 +1,174 @@
+"""From a serialised record to image and token ids: pure functions in TensorFlow.
+
+Random ones draw from the sample's own seed, so a sample looks the same whichever host, at whichever
+restart, prepares it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from clipa_t5x.data import vocabularies
+
+Example = Mapping[str, tf.Tensor]
+ImagePreprocessor = Callable[[tf.Tensor, int, tf.Tensor], tf.Tensor]
+
+
+def parse_record(
+    example: Example, *, image_key: str, caption_key: str | None, label_key: str | None
+) -> dict[str, tf.Tensor]:
+    """Takes 'encoded_image', 'caption' and 'label' out of a serialised tf.train.Example.
+
+    'index' and 'seed' pass through. A missing caption is an empty string.
+    """
+    wanted: dict[str, tf.io.FixedLenFeature] = {image_key: tf.io.FixedLenFeature([], tf.string)}
+    if caption_key is not None:
+        wanted[caption_key] = tf.io.FixedLenFeature([], tf.string, default_value="")
+    if label_key is not None:
+        wanted[label_key] = tf.io.FixedLenFeature([], tf.int64)
+    parsed = tf.io.parse_single_example(example["record"], wanted)
+    result = {"encoded_image": parsed[image_key], "index": example["index"]}
+    result["seed"] = example["seed"]
+    if caption_key is not None:
+        result["caption"] = parsed[caption_key]
+    if label_key is not None:
+        result["label"] = tf.cast(parsed[label_key], tf.int32)
+    return result
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes JPEG, PNG, GIF (first frame) or BMP bytes to uint8 [height, width, 3]."""
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    image.set_shape([None, None, 3])
+    return image
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes of uint8 [height, width, 3]."""
+    return tf.io.encode_png(image).numpy()
+
+
+def resize(image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int) -> tf.Tensor:
+    """Antialiased bilinear resize of uint8 to uint8 (truncated, as CLIPA's)."""
+    resized = tf.image.resize(image, tf.stack([height, width]), "bilinear", antialias=True)
+    return tf.cast(resized, tf.uint8)
+
+
+def inception_crop(
+    encoded: tf.Tensor,
+    size: int,
+    seed: tf.Tensor,
+    min_area: float = 0.4,
+    max_area: float = 1.0,
+    min_aspect: float = 3 / 4,
+    max_aspect: float = 4 / 3,
+) -> tf.Tensor:
+    """A random crop of some share of the area, squashed to size x size (Szegedy et al., 2015).
+
+    Args:
+      encoded: scalar string, the image file.
+      size: pixels of each side of the result.
+      seed: int64 [2].
+      min_area, max_area: range of the crop's share of the area.
+      min_aspect, max_aspect: range of the crop's width / height.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    image = decode(encoded)
+    begin, crop, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.shape(image),
+        tf.zeros([0, 0, 4], tf.float32),
+        seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=(min_aspect, max_aspect),
+        area_range=(min_area, max_area),
+        max_attempts=100,
+        use_image_if_no_bounding_boxes=True,
+    )
+    return resize(tf.slice(image, begin, crop), size, size)
+
+
+def squash(encoded: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
+    """The whole image, squashed to a square: CLIPA-v2's fine-tuned models are evaluated so."""
+    del seed
+    return resize(decode(encoded), size, size)
+
+
+def center_crop(encoded: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
+    """The short side resized to `size`, then the centre: CLIPA's pre-trained models' evaluation."""
+    del seed
+    image = decode(encoded)
+    shape = tf.shape(image)[:2]
+    scaled = tf.cast(tf.round(shape * size / tf.reduce_min(shape)), tf.int32)
+    image = resize(image, scaled[0], scaled[1])
+    top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    return tf.image.crop_to_bounding_box(image, top, left, size, size)
+
+
+def tokenize(text: tf.Tensor, vocabulary: vocabularies.BertVocabulary, length: int) -> tf.Tensor:
+    """[CLS], the first pieces, padding; no end token (CLIPA's truncation).
+
+    Args:
+      text: strings [...n].
+      vocabulary: WordPiece vocabulary.
+      length: of the result.
+
+    Returns:
+      int32 [...n, length].
+    """
+    flat = vocabulary.encode_tf(tf.reshape(text, [-1]))[:, : length - 1]
+    ids = flat.to_tensor(vocabulary.pad_id, shape=[None, length - 1])
+    first = tf.fill([tf.shape(ids)[0], 1], tf.constant(vocabulary.cls_id, ids.dtype))
+    ids = tf.cast(tf.concat([first, ids], axis=1), tf.int32)
+    return tf.reshape(ids, tf.concat([tf.shape(text), [length]], axis=0))
+
+
+@seqio.map_over_dataset
+def _parse(example: Example, *, keys: Mapping[str, str | None]) -> dict[str, tf.Tensor]:
+    return parse_record(example, **keys)  # pyright: ignore[reportArgumentType]
+
+
+def to_features(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    image_preprocessor: ImagePreprocessor,
+) -> tf.data.Dataset:
+    """SeqIO preprocessor: 'images' and, where there are captions, 'text'.
+
+    `sequence_length` carries a stage's resolution and text length, T5X's way:
+    {'images': pixels, 'text': tokens}.
+    """
+
+    def convert(example: Example) -> dict[str, tf.Tensor]:
+        size = sequence_length["images"]
+        images = image_preprocessor(example["encoded_image"], size, example["seed"])
+        features = {"images": tf.ensure_shape(images, [size, size, 3])}
+        if "text" in output_features:
+            vocabulary = output_features["text"].vocabulary
+            text = tokenize(example["caption"], vocabulary, sequence_length["text"])
+            features["text"] = tf.ensure_shape(text, [sequence_length["text"]])
+        passed = {k: example[k] for k in ("index", "label", "caption") if k in example}
+        return {**features, **passed}
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def image_text_preprocessors(
+    *,
+    image_preprocessor: ImagePreprocessor,
+    image_key: str,
+    caption_key: str | None,
+    label_key: str | None,
+) -> Sequence[Callable[..., tf.data.Dataset]]:
+    """The steps of an image-text task, in order."""
+    keys = {"image_key": image_key, "caption_key": caption_key, "label_key": label_key}
+    return (
+        functools.partial(_parse, keys=keys),
+        functools.partial(to_features, image_preprocessor=image_preprocessor),
+    )

@@ -1,0 +1,76 @@
+"""SeqIO tasks over image-text records: registered by name when a configuration names them."""
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+from clipa_t5x.data import preprocessors, sources, vocabularies
+from clipa_t5x.errors import UserError
+
+
+def image_text_task(
+    name: str,
+    data_dir: str,
+    vocabulary: vocabularies.BertVocabulary | None = None,
+    image_preprocessor: preprocessors.ImagePreprocessor = preprocessors.inception_crop,
+    splits: Mapping[str, str] | None = None,
+    index_dir: str | None = None,
+    image_key: str = "jpg",
+    caption_key: str = "txt",
+    label_key: str | None = None,
+) -> str:
+    """Registers a SeqIO task over TFRecord shards and returns its name.
+
+    In gin: `MIXTURE_OR_TASK_NAME = @tasks.image_text_task()`. A second call with the same name
+    replaces the task. No file is read before the task's first use.
+
+    Args:
+      name: of the task.
+      data_dir: folder of the shards, local or gs://.
+      vocabulary: tokeniser of the captions; None makes a task of images (and labels) alone.
+      image_preprocessor: function of (encoded image, size, seed), see `preprocessors`.
+      splits: split name -> glob pattern under `data_dir`; default `sources.SPLIT_FOLDERS`.
+      index_dir: where the record index is kept; default beside the data.
+      image_key, caption_key, label_key: names of the records' fields; a label is an int64.
+    """
+    images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
+    features: dict[str, seqio.Feature] = {"images": images}
+    if vocabulary is not None:
+        features["text"] = seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32)
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=sources.TFRecordSource(data_dir, splits, index_dir),
+        preprocessors=preprocessors.image_text_preprocessors(
+            image_preprocessor=image_preprocessor,
+            image_key=image_key,
+            caption_key=caption_key if vocabulary is not None else None,
+            label_key=label_key,
+        ),
+        output_features=features,
+        shuffle_buffer_size=None,
+    )
+    return name
+
+
+def get_task(name: str) -> seqio.Task:
+    """The registered task of a name.
+
+    Raises:
+      UserError: nothing is registered under the name; or it is a mixture, or a task whose source
+        cannot be read at any position.
+    """
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if name not in known:
+        raise UserError(
+            f"MIXTURE_OR_TASK_NAME is {name!r}, which is not a registered SeqIO task. Registered: "
+            f"{', '.join(known) or 'none'}. Set it to @tasks.image_text_task() with a data_dir."
+        )
+    task = seqio.get_mixture_or_task(name)
+    if not isinstance(task, seqio.Task) or not hasattr(task.source, "examples_at"):
+        raise UserError(
+            f"{name!r} cannot be read at any position, so a run could not resume at its step: use "
+            "a task over a TFRecordSource, see clipa_t5x.data.tasks."
+        )
+    return task

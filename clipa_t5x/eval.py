@@ -1,0 +1,62 @@
+"""Evaluation of any checkpoint: `python -m clipa_t5x.eval --gin_file=MODEL_DIR/config.gin`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from clipa_t5x import checkpoints, metrics, models, optimizers, partitioning
+from clipa_t5x import train as train_lib
+from clipa_t5x import trainer as trainer_lib
+from clipa_t5x.data import input_pipeline
+from clipa_t5x.evaluators import evaluator
+
+
+def evaluate(
+    *,
+    model: models.ClipModel,
+    optimizer: optimizers.Optimizer,
+    partitioner: partitioning.PjitPartitioner,
+    train_dataset_cfg: input_pipeline.DatasetConfig,
+    evaluators: Mapping[str, evaluator.Evaluator],
+    model_dir: str,
+    checkpoint: str | None = None,
+    **_: Any,
+) -> dict[str, Mapping[str, float]]:
+    """Runs a configuration's evaluators on a checkpoint.
+
+    Args:
+      model, optimizer, partitioner, train_dataset_cfg, evaluators: as for `train.train`, whose
+        other arguments are accepted and not used.
+      model_dir: where results are written (`metrics.jsonl`, TensorBoard).
+      checkpoint: a MODEL_DIR or one checkpoint's folder; None takes the newest in `model_dir`.
+
+    Returns:
+      Each evaluator's metrics, by its name.
+
+    Raises:
+      UserError: there is no complete checkpoint, or it is of another model.
+    """
+    source, step = checkpoints.locate(checkpoint or model_dir)
+    trainer = trainer_lib.Trainer(
+        model=model,
+        optimizer=optimizer,
+        partitioner=partitioner,
+        batch_spec=train_dataset_cfg.batch_spec(),
+    )
+    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    params, _ = checkpoints.load_params(
+        f"{source}/{checkpoints.PREFIX}_{step}", trainer.abstract_state.params
+    )
+    logging.info("Evaluating %s after step %d.", source, step)
+    writer = metrics.MetricsWriter(model_dir)
+    embed = train_lib.embed_functions(trainer, layout)
+    results = train_lib.run_evaluators(evaluators, params, embed, writer, step, model_dir)
+    writer.close()
+    return results
+
+
+if __name__ == "__main__":
+    from clipa_t5x import main
+
+    main.run("eval")

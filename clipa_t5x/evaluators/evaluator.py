@@ -1,0 +1,41 @@
+"""What an evaluator is given, and what all of them share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from clipa_t5x.data import input_pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedFunctions:
+    """The model as evaluators see it.
+
+    Attributes:
+      embed_images: (params, uint8 [batch, size, size, 3]) -> unit float32 [batch, joint].
+      embed_text: (params, int32 [batch, length]) -> unit float32 [batch, joint].
+      layout: how batches lie on the devices.
+    """
+
+    embed_images: Callable[[Any, jax.Array], jax.Array]
+    embed_text: Callable[[Any, jax.Array], jax.Array]
+    layout: input_pipeline.BatchLayout
+
+
+class Evaluator(Protocol):
+    """Scalars for a set of parameters."""
+
+    def evaluate(
+        self, params: Any, embed: EmbedFunctions, output_dir: str | None
+    ) -> Mapping[str, float]:
+        """Returns metrics by name; called by all processes at the same step.
+
+        Args:
+          params: the model's.
+          embed: the model's embedding functions.
+          output_dir: where process 0 may leave what is not a number, after the last step; None
+            during training.
+        """
+        ...

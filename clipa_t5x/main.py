@@ -1,0 +1,215 @@
+"""The console command and what every door shares: flags, processes, caches, errors.
+
+`clipa_t5x <verb> ...` and `python -m clipa_t5x.<verb> ...` are the same.
+"""
+
+import importlib
+import logging as standard_logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from clipa_t5x import errors, gin_utils, partitioning
+
+ROOT = "clipa_t5x.train.train"
+
+# Verbs that are configured by gin, and those that only take arguments of their own.
+GIN_VERBS = ("train", "eval", "schedule")
+PLAIN_VERBS = {"build": "clipa_t5x.data.build", "report": "clipa_t5x.report"}
+
+_FLAGS = flags.FlagValues()
+flags.DEFINE_multi_string(
+    "gin_file", [], "A gin file; repeatable, later ones win.", flag_values=_FLAGS
+)
+flags.DEFINE_multi_string(
+    "gin_bindings",
+    [],
+    "A binding 'NAME = VALUE' after all files; --gin.NAME=VALUE is the same.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_list(
+    "gin_search_paths",
+    ["gin"],
+    "Folders where gin files and their includes are looked for, after the current directory.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_boolean(
+    "dry_run",
+    False,
+    "train: build every object, print parameters, shardings and the batch, and stop.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "mesh",
+    None,
+    "train --dry_run: lay the model on this mesh, such as replica=4,data=64,model=1, instead of "
+    "the recipe's intended one.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "eval: a MODEL_DIR or a checkpoint_<step> folder; default: the newest in MODEL_DIR.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "compilation_cache_dir",
+    os.path.join(os.path.expanduser("~"), ".cache", "clipa_t5x", "compilation"),
+    "Where compiled programs are kept between starts; empty for nowhere.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of process 0; with --process_count and --process_index, joins a multi-process run.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_integer("process_count", None, "Number of processes.", flag_values=_FLAGS)
+flags.DEFINE_integer("process_index", None, "This process's number.", flag_values=_FLAGS)
+flags.DEFINE_boolean(
+    "multiprocess", False, "Join the processes that the platform announces (TPU pods, SLURM).",
+    flag_values=_FLAGS,
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`clipa_t5x <verb> ...`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbs = [*GIN_VERBS, *PLAIN_VERBS]
+    if not arguments or arguments[0] not in verbs:
+        print(f"usage: clipa_t5x {{{','.join(verbs)}}} ...   (clipa_t5x <verb> --help)")
+        sys.exit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    verb, rest = arguments[0], arguments[1:]
+    if verb in PLAIN_VERBS:
+        sys.exit(importlib.import_module(PLAIN_VERBS[verb]).main(rest))
+    run(verb, rest)
+
+
+def run(verb: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs a gin-configured verb and ends the process: status 0, or 2 for a user's mistake."""
+    sys.exit(one_line_errors(lambda: _run(verb, arguments)))
+
+
+def one_line_errors(call: Callable[[], Any]) -> int:
+    """Calls; a `UserError` becomes one line on stderr and status 2, all else keeps its traceback."""
+    try:
+        call()
+    except errors.UserError as error:
+        logging.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(verb: str, arguments: Sequence[str] | None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parse_flags(verb, arguments)
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler()
+    handler.setFormatter(_Formatter())
+    handler.addFilter(_is_ours_or_grave)
+    start_processes()
+    use_compilation_cache(_FLAGS.compilation_cache_dir)
+    {"train": _train, "eval": _eval, "schedule": _schedule}[verb]()
+
+
+def _is_ours_or_grave(record: Any) -> bool:
+    """Libraries tell more than a user wants to read; what they warn of passes."""
+    ours = os.path.dirname(os.path.abspath(__file__))
+    return record.levelno >= standard_logging.WARNING or record.pathname.startswith(ours)
+
+
+class _Formatter(logging.PythonFormatter):
+    """Time and message: who logged it matters to developers only."""
+
+    def format(self, record: Any) -> str:
+        stamp = self.formatTime(record, "%H:%M:%S")
+        mark = "" if record.levelname == "INFO" else f"{record.levelname}: "
+        return f"{stamp} {mark}{record.getMessage()}"
+
+
+def parse_flags(verb: str, arguments: Sequence[str]) -> None:
+    """Fills the flags from the command line.
+
+    Raises:
+      UserError: an unknown flag or value, or no --gin_file.
+    """
+    program = f"clipa_t5x {verb}"
+    if {"-h", "--help", "--helpfull"} & set(arguments):
+        print(f"usage: {program} --gin_file=FILE [--gin.NAME=VALUE ...]\n{_FLAGS.get_help()}")
+        sys.exit(0)
+    _FLAGS.unparse_flags()
+    try:
+        rest = _FLAGS([program, *gin_utils.rewrite_gin_args(arguments)])
+    except flags.Error as error:
+        raise errors.UserError(f"{error} (see {program} --help)") from error
+    if len(rest) > 1:
+        raise errors.UserError(
+            f"{rest[1]!r} is not a flag: flags begin with --, as in --gin_file=gin/B16_stage1.gin."
+        )
+    if not _FLAGS.gin_file:
+        raise errors.UserError(
+            f"{program} needs --gin_file=FILE, for example --gin_file=gin/shapes_stage1.gin."
+        )
+
+
+def start_processes() -> None:
+    """Joins a run of several processes where the flags say so."""
+    given = [_FLAGS.coordinator_address, _FLAGS.process_count, _FLAGS.process_index]
+    if any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise errors.UserError(
+                "--coordinator_address, --process_count and --process_index go together: give all "
+                "three, or none."
+            )
+        jax.distributed.initialize(*given)
+    elif _FLAGS.multiprocess:
+        jax.distributed.initialize()
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keeps compiled programs between starts, so that a second start compiles nothing again."""
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def parse_gin(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Parses and checks an experiment; builds nothing."""
+    from clipa_t5x.data import input_pipeline
+
+    input_pipeline.keep_accelerators_for_jax()
+    gin_utils.parse(gin_files, bindings, _FLAGS.gin_search_paths, root=ROOT)
+
+
+def _train() -> None:
+    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    if _FLAGS.dry_run:
+        from clipa_t5x import train
+
+        mesh = partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None
+        print(train.describe(**gin_utils.build_arguments(ROOT), mesh_shape=mesh))
+    else:
+        gin_utils.get_root(ROOT)()
+
+
+def _eval() -> None:
+    from clipa_t5x import eval as eval_lib
+
+    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
+
+
+def _schedule() -> None:
+    from clipa_t5x import schedule
+
+    schedule.run(_FLAGS.gin_file, _FLAGS.gin_bindings, _FLAGS.gin_search_paths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Where arrays live: a (replica, data, model) mesh and rules from logical axes to mesh axes.
+
+Layers name the dimensions of their parameters and activations (batch, length, embed, mlp, heads,
+kv, vocab, layers, joint_embed). A table of rules says on which mesh axis a name is split: data
+parallel, fully sharded, tensor parallel and both at once are tables, never code.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipa_t5x.errors import UserError
+
+MESH_AXES = ("replica", "data", "model")
+BATCH_MESH_AXES = ("replica", "data")
+
+LogicalAxisRules = Sequence[tuple[str, Any]]
+
+
+def standard_logical_axis_rules(
+    activation_partitioning_dims: int = 1,
+    parameter_partitioning_dims: int = 1,
+    additional_rules: LogicalAxisRules = (),
+) -> LogicalAxisRules:
+    """The rules of T5X, by how many dimensions parameters and activations are split.
+
+    Args:
+      activation_partitioning_dims: 1 splits activations by batch (and mlp, heads over `model`); 2
+        also splits their embed dimension over `model`.
+      parameter_partitioning_dims: 1 splits parameters over `model` alone; 2 also splits their embed
+        dimension over `data` (fully sharded data parallelism).
+      additional_rules: (logical axis, mesh axis or tuple of them or None), looked at after these.
+
+    Returns:
+      Rules in order; of several for one name the first whose mesh axes are still free applies.
+
+    Raises:
+      UserError: a number of dimensions other than 1 and 2.
+    """
+    for name, value in [
+        ("activation_partitioning_dims", activation_partitioning_dims),
+        ("parameter_partitioning_dims", parameter_partitioning_dims),
+    ]:
+        if value not in (1, 2):
+            raise UserError(f"standard_logical_axis_rules.{name} is {value}; it must be 1 or 2.")
+    embed: list[tuple[str, Any]] = []
+    if activation_partitioning_dims == 2:
+        embed.append(("embed", "model"))
+    if parameter_partitioning_dims == 2:
+        embed.append(("embed", "data"))
+    return (
+        ("batch", BATCH_MESH_AXES),
+        ("vocab", "model"),
+        ("mlp", "model"),
+        ("heads", "model"),
+        *embed,
+        ("embed", None),
+        ("kv", None),
+        ("length", None),
+        ("layers", None),
+        ("joint_embed", None),
+        *additional_rules,
+    )
+
+
+@dataclasses.dataclass
+class PjitPartitioner:
+    """The mesh and the rules of one run.
+
+    Attributes:
+      num_partitions: size of the `model` axis, on every platform.
+      num_replicas: size of the `replica` axis (slices that are joined by a slower network). The
+        `data` axis takes the devices that remain.
+      logical_axis_rules: see `standard_logical_axis_rules`.
+      intended_mesh: {'replica': r, 'data': d, 'model': m} that the recipe is meant for: what a dry
+        run shows where nothing else is asked for.
+    """
+
+    num_partitions: int = 1
+    num_replicas: int = 1
+    logical_axis_rules: LogicalAxisRules = dataclasses.field(
+        default_factory=standard_logical_axis_rules
+    )
+    intended_mesh: Mapping[str, int] | None = None
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh over all devices of all processes.
+
+        Raises:
+          UserError: the number of devices is not a multiple of the fixed axes' sizes.
+        """
+        devices = jax.device_count()
+        fixed = self.num_partitions * self.num_replicas
+        if devices % fixed:
+            raise UserError(
+                f"PjitPartitioner.num_partitions {self.num_partitions} x num_replicas "
+                f"{self.num_replicas} does not divide the {devices} devices present: choose sizes "
+                f"whose product is a divisor of {devices}."
+            )
+        shape = (self.num_replicas, devices // fixed, self.num_partitions)
+        return Mesh(
+            mesh_utils.create_device_mesh(shape),
+            MESH_AXES,
+            axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        )
+
+    def abstract_mesh(self, shape: Mapping[str, int] | None = None) -> AbstractMesh:
+        """A mesh without devices: of `shape`, else the intended one, else that of this machine."""
+        shape = shape or self.intended_mesh or dict(self.mesh.shape)
+        if unknown := set(shape) - set(MESH_AXES):
+            raise UserError(f"mesh axes {sorted(unknown)} are unknown; they are {MESH_AXES}.")
+        sizes = tuple(int(shape.get(axis, 1)) for axis in MESH_AXES)
+        return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Within it, logical constraints of traced code are resolved by these rules."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.logical_axis_rules):
+            yield
+
+    def batch_sharding(self, mesh: Any = None) -> NamedSharding:
+        """How a batch lies: its rows over the mesh axes of 'batch', the rest whole."""
+        spec = nn.logical_to_mesh_axes(("batch",), self.logical_axis_rules)
+        return NamedSharding(mesh or self.mesh, spec or PartitionSpec())
+
+    def check_batch_size(self, batch_size: int, mesh: Any = None) -> None:
+        """Refuses a global batch that the mesh cannot split evenly.
+
+        Raises:
+          UserError: names both and the nearest sizes that do.
+        """
+        sharding = self.batch_sharding(mesh)
+        axes = sharding.spec[0] or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=np.int64))
+        if batch_size < 1 or batch_size % parts:
+            below = batch_size // parts * parts
+            sizes = [str(size) for size in (below, below + parts) if size > 0]
+            raise UserError(
+                f"BATCH_SIZE is {batch_size}, not a multiple of the {parts} parts that the mesh "
+                f"axes {'x'.join(axes)} split it into: set BATCH_SIZE to {' or '.join(sizes)}, or "
+                "change PjitPartitioner.num_partitions."
+            )
+
+    def logical_axes(self, boxed: Any) -> Any:
+        """The tree of logical axis names (a PartitionSpec each) of boxed abstract parameters.
+
+        Raises:
+          UserError: a parameter has a name that no rule knows; replicating it silently would cost
+            memory on every chip.
+        """
+        known = {name for name, _ in self.logical_axis_rules}
+        axes = nn.get_partition_spec(boxed)
+        for path, spec in jax.tree_util.tree_leaves_with_path(
+            axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+        ):
+            unknown = [name for name in spec if name is not None and name not in known]
+            if unknown:
+                raise UserError(
+                    f"parameter {jax.tree_util.keystr(path)} has the logical axis {unknown[0]!r}, "
+                    f"for which there is no rule in PjitPartitioner.logical_axis_rules: add one "
+                    f"(known: {sorted(known)})."
+                )
+        return axes
+
+    def param_shardings(self, boxed: Any, mesh: Any = None) -> Any:
+        """NamedShardings for boxed abstract parameters, each checked to divide.
+
+        Raises:
+          UserError: a dimension is not a multiple of the mesh axes that the rules split it over.
+        """
+        mesh = mesh or self.mesh
+        shapes = nn.unbox(boxed)
+
+        def sharding(path: Any, shape: Any, logical: PartitionSpec) -> NamedSharding:
+            spec = nn.logical_to_mesh_axes(tuple(logical), self.logical_axis_rules)
+            spec = spec or PartitionSpec()
+            check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), shape, spec, mesh)
+            return NamedSharding(mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(sharding, shapes, self.logical_axes(boxed))
+
+
+def check_divides(name: str, array: Any, spec: PartitionSpec, mesh: Any) -> None:
+    """Refuses a sharding that does not split every dimension of an array evenly.
+
+    Raises:
+      UserError: names the parameter, the dimension, and what would divide it.
+    """
+    for dim, axes in enumerate(spec):
+        if axes is None:
+            continue
+        axes = (axes,) if isinstance(axes, str) else axes
+        parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+        if array.shape[dim] % parts:
+            raise UserError(
+                f"dimension {dim} of parameter {name} {tuple(array.shape)} is "
+                f"{array.shape[dim]}, not a multiple of the {parts} parts of mesh axes "
+                f"{'x'.join(axes)}: change the rule, the mesh, or pad the size to "
+                f"{-(-array.shape[dim] // parts) * parts}."
+            )
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """'replica=4,data=64' as a dictionary.
+
+    Raises:
+      UserError: the text is not of that form.
+    """
+    try:
+        pairs = [item.split("=") for item in text.split(",")]
+        return {axis.strip(): int(size) for axis, size in pairs}
+    except ValueError as error:
+        raise UserError(
+            f"--mesh is {text!r}; write it as axis=size pairs, for example replica=4,data=64."
+        ) from error

@@ -1,0 +1,382 @@
+"""The training loop: `python -m clipa_t5x.train --gin_file=gin/bigG14_stage1.gin`.
+
+A *step* is one update; "after step n" means n updates are done. The order within a step is law:
+update, log, evaluate, save. Evaluation comes before saving, so that a run killed in between repeats
+the evaluation rather than lose it.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from clipa_t5x import (
+    checkpoints,
+    metrics,
+    model_info,
+    models,
+    optimizers,
+    partitioning,
+    train_state,
+)
+from clipa_t5x import trainer as trainer_lib
+from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UserError
+from clipa_t5x.evaluators import evaluator
+from clipa_t5x.towers import token_reduction
+
+
+def train(
+    *,
+    model: models.ClipModel,
+    optimizer: optimizers.Optimizer,
+    partitioner: partitioning.PjitPartitioner,
+    train_dataset_cfg: input_pipeline.DatasetConfig,
+    train_eval_dataset_cfg: input_pipeline.DatasetConfig | None,
+    evaluators: Mapping[str, evaluator.Evaluator],
+    checkpoint_cfg: checkpoints.CheckpointConfig,
+    model_dir: str,
+    total_steps: int,
+    eval_period: int,
+    stats_period: int,
+    random_seed: int,
+    summarize_config_fn: Callable[[str], None],
+    trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
+) -> train_state.TrainState:
+    """Trains until `total_steps` updates are done, from the newest checkpoint in `model_dir`.
+
+    Args:
+      model: the model.
+      optimizer: the update rule.
+      partitioner: mesh and logical axis rules.
+      train_dataset_cfg: training data; its batch size and feature lengths are the model's inputs.
+      train_eval_dataset_cfg: data for loss and in-batch accuracy without training, or None.
+      evaluators: by name, run every `eval_period` steps and after the last.
+      checkpoint_cfg: when to save, and where a fresh run takes its parameters from.
+      model_dir: where everything is written.
+      total_steps: absolute, those of earlier starts included.
+      eval_period: steps between evaluations.
+      stats_period: steps between lines of metrics; each is the mean over these steps.
+      random_seed: of parameters and of masks.
+      summarize_config_fn: writes the configuration that made these arguments into `model_dir`.
+      trainer_cls: makes the trainer from model, optimizer, partitioner and batch spec.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: something given does not fit together; see its message.
+    """
+    check_arguments(model_dir, total_steps, eval_period, stats_period)
+    train_dataset_cfg.check_feature_lengths()
+    trainer = trainer_cls(
+        model=model,
+        optimizer=optimizer,
+        partitioner=partitioner,
+        batch_spec=train_dataset_cfg.batch_spec(),
+    )
+    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    check_vocabulary(model, train_dataset_cfg)
+    summarize_config_fn(model_dir)
+    checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
+    writer = metrics.MetricsWriter(model_dir)
+    info = StageInfo.collect(model, trainer, train_dataset_cfg, checkpoint_cfg, total_steps)
+    write_model_info(model_dir, trainer, partitioner, train_dataset_cfg, info)
+
+    state, position = starting_state(trainer, checkpointer, checkpoint_cfg, train_dataset_cfg,
+                                     random_seed)  # fmt: skip
+    first_step = int(state.step)
+    if first_step < total_steps:
+        logging.info("Training from step %d to %d in %s.", first_step, total_steps, model_dir)
+    start = time.perf_counter()
+    train_step = trainer.compiled_train_step
+    logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
+
+    evaluate = Evaluation(trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir)
+    batches = input_pipeline.TrainIterator(train_dataset_cfg, layout, position)
+    timer = metrics.StepTimer(first_step, total_steps, train_dataset_cfg.batch_size)
+    pending: list[trainer_lib.Metrics] = []
+    try:
+        for step in range(first_step + 1, total_steps + 1):
+            state, step_metrics = train_step(state, next(batches))
+            pending.append(step_metrics)
+            last = step == total_steps
+            if step % stats_period == 0 or last:
+                log_step(writer, info, step, metrics.mean(pending), timer, batches)
+                pending.clear()
+            if step % eval_period == 0 or last:
+                timer.pause(evaluate(step, state.params, last))
+            if checkpointer.is_due(step, total_steps):
+                checkpointer.save(step, state, batches.state())
+    finally:
+        batches.close()
+    checkpointer.close()
+    writer.close()
+    info.write(model_dir, completed=True)
+    return state
+
+
+def check_arguments(model_dir: str, total_steps: int, eval_period: int, stats_period: int) -> None:
+    """Refuses what cannot be trained with.
+
+    Raises:
+      UserError: a missing model_dir, or a period or step count below 1.
+    """
+    if not model_dir:
+        raise UserError("MODEL_DIR is empty: add --gin.MODEL_DIR=\"'runs/mine'\" to the command.")
+    periods = {"TRAIN_STEPS": total_steps, "EVAL_PERIOD": eval_period, "LOG_PERIOD": stats_period}
+    for name, value in periods.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_vocabulary(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> None:
+    """Refuses a vocabulary with more ids than the token table has rows; jax would clamp them.
+
+    Raises:
+      UserError: names both sizes.
+    """
+    rows = getattr(model.text_tower, "vocab_size", None)
+    size = input_pipeline.vocabulary_size(cfg)
+    if rows is not None and size is not None and size > rows:
+        raise UserError(
+            f"the vocabulary has {size} pieces and TextTransformer.vocab_size is {rows}: set "
+            f"vocab_size to at least {size}, or VOCABULARY_PATH to a smaller vocabulary."
+        )
+
+
+def starting_state(
+    trainer: trainer_lib.Trainer,
+    checkpointer: checkpoints.Checkpointer,
+    cfg: checkpoints.CheckpointConfig,
+    dataset_cfg: input_pipeline.DatasetConfig,
+    seed: int,
+) -> tuple[train_state.TrainState, int]:
+    """(state, position in the data): the newest checkpoint's, else an earlier stage's, else new."""
+    if checkpointer.latest_step() is not None:
+        state, data_state = checkpointer.restore(trainer.abstract_state)
+        logging.info("Resuming after step %d.", checkpointer.latest_step())
+        return state, input_pipeline.resume_position(dataset_cfg, data_state)
+    if cfg.restore.path:
+        params, notes = checkpoints.load_params(
+            cfg.restore.path, trainer.abstract_state.params, cfg.restore.resized
+        )
+        checkpoints.log_notes(cfg.restore.path, notes)
+        return trainer.init_state(seed, params), 0
+    return trainer.init_state(seed), 0
+
+
+def log_step(
+    writer: metrics.MetricsWriter,
+    info: "StageInfo",
+    step: int,
+    means: Mapping[str, float],
+    timer: metrics.StepTimer,
+    batches: input_pipeline.TrainIterator,
+) -> None:
+    """Writes the mean metrics since the last line, and the console's line.
+
+    Raises:
+      UserError: the loss is not a finite number.
+    """
+    if not np.isfinite(means["loss"]):
+        raise UserError(
+            f"the loss is {means['loss']} at step {step}: training has diverged. Lower "
+            "LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint."
+        )
+    rates = timer.lap(step, batches.wait_seconds)
+    values = {**means, **rates}
+    metrics.log_progress(info.name, step, info.total_steps, values)
+    del values["seconds_left"]
+    values["samples"] = step * info.batch_size
+    writer.write(step, metrics.GROUP_TRAIN, values)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """All evaluations of a run, in one call."""
+
+    trainer: trainer_lib.Trainer
+    layout: input_pipeline.BatchLayout
+    train_eval_dataset_cfg: input_pipeline.DatasetConfig | None
+    evaluators: Mapping[str, evaluator.Evaluator]
+    writer: metrics.MetricsWriter
+    model_dir: str
+
+    def __call__(self, step: int, params: Any, last: bool) -> float:
+        """Evaluates and writes; returns the seconds it took."""
+        start = time.perf_counter()
+        if self.train_eval_dataset_cfg is not None:
+            values = eval_loss(self.trainer, self.layout, self.train_eval_dataset_cfg, params)
+            name = self.train_eval_dataset_cfg.mixture_or_task_name
+            self.writer.write(step, f"training_eval/{name}", values)
+        run_evaluators(
+            self.evaluators,
+            params,
+            embed_functions(self.trainer, self.layout),
+            self.writer,
+            step,
+            self.model_dir if last else None,
+        )
+        return time.perf_counter() - start
+
+
+def embed_functions(
+    trainer: trainer_lib.Trainer, layout: input_pipeline.BatchLayout
+) -> evaluator.EmbedFunctions:
+    """What evaluators may see of the model."""
+    return evaluator.EmbedFunctions(trainer.embed_images, trainer.embed_text, layout)
+
+
+def run_evaluators(
+    evaluators: Mapping[str, evaluator.Evaluator],
+    params: Any,
+    embed: evaluator.EmbedFunctions,
+    writer: metrics.MetricsWriter,
+    step: int,
+    output_dir: str | None,
+) -> dict[str, Mapping[str, float]]:
+    """Runs each evaluator, writes its values under 'inference_eval/<name>' and returns them."""
+    results = {}
+    for name, item in evaluators.items():
+        results[name] = item.evaluate(params, embed, output_dir)
+        writer.write(step, f"inference_eval/{name}", results[name])
+        text = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items())
+        logging.info("Evaluation %s after step %d: %s", name, step, text)
+    return results
+
+
+def eval_loss(
+    trainer: trainer_lib.Trainer,
+    layout: input_pipeline.BatchLayout,
+    cfg: input_pipeline.DatasetConfig,
+    params: Any,
+) -> dict[str, float]:
+    """Mean loss and in-batch accuracy over one pass, batches weighted by their examples."""
+    sums: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
+    total = 0.0
+    count = input_pipeline.num_examples(cfg)
+    for step, (_, batch) in enumerate(input_pipeline.eval_batches(cfg, layout)):
+        examples = min(cfg.batch_size, count - step * cfg.batch_size)
+        values = jax.device_get(trainer.eval_step(params, batch))
+        sums = {name: sums[name] + float(values[name]) * examples for name in sums}
+        total += examples
+    return {name: value / total for name, value in sums.items()}
+
+
+@dataclasses.dataclass
+class StageInfo:
+    """What a report says about a stage; `stage.json` in MODEL_DIR."""
+
+    name: str
+    model: str
+    num_params: int
+    image_size: int
+    patch_size: int | None
+    num_image_tokens: int | None
+    num_image_tokens_kept: int | None
+    text_length: int
+    batch_size: int
+    total_steps: int
+    devices: str
+    initial_checkpoint: str | None
+
+    @classmethod
+    def collect(
+        cls,
+        model: models.ClipModel,
+        trainer: trainer_lib.Trainer,
+        dataset_cfg: input_pipeline.DatasetConfig,
+        checkpoint_cfg: checkpoints.CheckpointConfig,
+        total_steps: int,
+    ) -> "StageInfo":
+        """Gathers it from the run's parts; towers of other kinds leave out what they lack."""
+        size = dataset_cfg.task_feature_lengths["images"]
+        patch_size = getattr(model.image_tower, "patch_size", None)
+        tokens = (size // patch_size) ** 2 if patch_size else None
+        ratio = getattr(model.image_tower, "mask_ratio", 0.0)
+        device = jax.devices()[0]
+        return cls(
+            name=f"{size} px / {dataset_cfg.task_feature_lengths['text']} tokens",
+            model=type(model.image_tower).__name__,
+            num_params=model_info.num_params(trainer.abstract_state.params),
+            image_size=size,
+            patch_size=patch_size,
+            num_image_tokens=tokens,
+            num_image_tokens_kept=token_reduction.num_kept(tokens, ratio) if tokens else None,
+            text_length=dataset_cfg.task_feature_lengths["text"],
+            batch_size=dataset_cfg.batch_size,
+            total_steps=total_steps,
+            devices=f"{jax.device_count()} x {device.device_kind}",
+            initial_checkpoint=checkpoint_cfg.restore.path,
+        )
+
+    def write(self, model_dir: str, completed: bool) -> None:
+        """Writes `stage.json`; process 0 only."""
+        if jax.process_index() == 0:
+            record = {**dataclasses.asdict(self), "completed": completed}
+            (epath.Path(model_dir) / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_model_info(
+    model_dir: str,
+    trainer: trainer_lib.Trainer,
+    partitioner: partitioning.PjitPartitioner,
+    dataset_cfg: input_pipeline.DatasetConfig,
+    info: StageInfo,
+) -> None:
+    """Writes `model-info.txt` and `stage.json`; process 0 only."""
+    info.write(model_dir, completed=False)
+    if jax.process_index() == 0:
+        text = model_info.describe(
+            trainer.abstract_state,
+            partitioner.logical_axes(trainer.boxed_params),
+            dataset_cfg.batch_spec(),
+            partitioner,
+            trainer.mesh,
+        )
+        (epath.Path(model_dir) / "model-info.txt").write_text(text)
+        logging.info("Model: %s parameters; see %s/model-info.txt.", f"{info.num_params:,}",
+                     model_dir)  # fmt: skip
+
+
+def describe(
+    *,
+    model: models.ClipModel,
+    optimizer: optimizers.Optimizer,
+    partitioner: partitioning.PjitPartitioner,
+    train_dataset_cfg: input_pipeline.DatasetConfig,
+    mesh_shape: Mapping[str, int] | None = None,
+    **_: Any,
+) -> str:
+    """What `train` would run, on a mesh without devices; allocates no parameters, reads no data.
+
+    Args:
+      model, optimizer, partitioner, train_dataset_cfg: as for `train`; its other arguments are
+        accepted and only had to be constructible.
+      mesh_shape: axis sizes; the recipe's intended mesh where None.
+    """
+    train_dataset_cfg.check_feature_lengths()
+    mesh = partitioner.abstract_mesh(mesh_shape)
+    trainer = trainer_lib.Trainer(
+        model=model,
+        optimizer=optimizer,
+        partitioner=partitioner,
+        batch_spec=train_dataset_cfg.batch_spec(),
+        mesh=mesh,
+    )
+    axes = partitioner.logical_axes(trainer.boxed_params)
+    batch_spec = train_dataset_cfg.batch_spec()
+    return model_info.describe(trainer.abstract_state, axes, batch_spec, partitioner, mesh)
+
+
+if __name__ == "__main__":
+    from clipa_t5x import main
+
+    main.run("train")

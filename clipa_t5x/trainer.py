@@ -1,0 +1,194 @@
+"""The train step, and the state and functions that are jitted for one mesh.
+
+A *step* is one update; `TrainState.step` counts updates completed.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clipa_t5x import models, optimizers, partitioning, train_state
+
+Metrics = Mapping[str, jax.Array]
+
+
+def train_step(
+    state: train_state.TrainState,
+    batch: models.Batch,
+    *,
+    model: models.ClipModel,
+    optimizer: optimizers.Optimizer,
+) -> tuple[train_state.TrainState, Metrics]:
+    """One update: a pure function.
+
+    Args:
+      state: before the update; donated when jitted by `Trainer`.
+      batch: global, see `models.ClipModel.__call__`.
+      model: the model.
+      optimizer: the update rule.
+
+    Returns:
+      The state after the update, and float32 scalars: the model's metrics, the learning rate of
+      this update, and the global norms of gradient, parameters (before) and update.
+    """
+    loss_fn = functools.partial(models.training_loss, model, batch=batch, rng=state.step_rng())
+    (_, metrics), grads = jax.value_and_grad(lambda p: loss_fn(params=p), has_aux=True)(
+        state.params
+    )
+    updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
+    metrics = {
+        **metrics,
+        "learning_rate": jnp.asarray(optimizer.learning_rate_fn(state.step), jnp.float32),
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(state.params),
+        "update_norm": optax.global_norm(updates),
+    }
+    params: Any = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Trainer:
+    """Model, optimizer and partitioner, bound into jitted functions.
+
+    Attributes:
+      state_shardings: a NamedSharding for every array of the train state.
+      abstract_state: shapes, dtypes and shardings of the train state; no memory is allocated.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: models.ClipModel,
+        optimizer: optimizers.Optimizer,
+        partitioner: partitioning.PjitPartitioner,
+        batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+        mesh: Any = None,
+    ):
+        """Works out shapes and shardings; computes nothing.
+
+        Args:
+          model: the model.
+          optimizer: the update rule.
+          partitioner: mesh and rules.
+          batch_spec: shapes and dtypes of a global batch.
+          mesh: instead of the partitioner's own, an abstract one for a dry run.
+
+        Raises:
+          UserError: a parameter's dimension, or the batch, does not divide by the mesh.
+        """
+        self._model, self._optimizer, self._partitioner = model, optimizer, partitioner
+        self.mesh = mesh or partitioner.mesh
+        partitioner.check_batch_size(batch_spec["images"].shape[0], self.mesh)
+        self._batch_spec = batch_spec
+        init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
+        self._init_params = lambda rng: nn.unbox(init(rng))
+        self.boxed_params = jax.eval_shape(init, jax.random.key(0))
+        self.state_shardings = self._shardings()
+        shapes = jax.eval_shape(self._fresh_state, jax.random.key_data(jax.random.key(0)))
+        self.abstract_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.state_shardings,
+        )
+
+    def _fresh_state(self, seed_key: jax.Array, params: Any = None) -> train_state.TrainState:
+        init_rng, train_rng = jax.random.split(jax.random.wrap_key_data(seed_key))
+        params = self._init_params(init_rng) if params is None else params
+        return train_state.TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self._optimizer.transformation.init(params),
+            rng=jax.random.key_data(train_rng),
+        )
+
+    def _shardings(self) -> train_state.TrainState:
+        """Optimizer moments lie as their parameters do; everything else is replicated."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        params = self._partitioner.param_shardings(self.boxed_params, self.mesh)
+        transformation = self._optimizer.transformation
+        opt_state = jax.eval_shape(transformation.init, nn.unbox(self.boxed_params))
+        return train_state.TrainState(
+            step=replicated,  # pyright: ignore[reportArgumentType]
+            params=params,
+            opt_state=optax.tree_map_params(
+                transformation,
+                lambda _, sharding: sharding,
+                opt_state,
+                params,
+                transform_non_params=lambda _: replicated,
+            ),
+            rng=replicated,  # pyright: ignore[reportArgumentType]
+        )
+
+    def init_state(self, seed: int, params: Any = None) -> train_state.TrainState:
+        """A fresh state, created already sharded; around given parameters where there are any."""
+        key = jax.random.key_data(jax.random.key(seed))
+        with self._partitioner.activate():
+            if params is None:
+                init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
+                return init(key)
+            init = jax.jit(
+                self._fresh_state, out_shardings=self.state_shardings, donate_argnames="params"
+            )
+            return init(key, params)
+
+    @functools.cached_property
+    def compiled_train_step(self) -> Any:
+        """The train step, compiled ahead of time; its state argument is donated."""
+        step = jax.jit(
+            functools.partial(train_step, model=self._model, optimizer=self._optimizer),
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
+        )
+        batch_sharding = self._partitioner.batch_sharding(self.mesh)
+        batch = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=batch_sharding)
+            for k, v in self._batch_spec.items()
+        }
+        with self._partitioner.activate():
+            return step.lower(self.abstract_state, batch).compile()
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """Jitted (params, batch) -> metrics, without masking or dropped paths."""
+
+        def step(params: Any, batch: models.Batch) -> Metrics:
+            return self._model.apply({"params": params}, batch, train=False)[1]  # pyright: ignore
+
+        jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        return self._within_rules(jitted)
+
+    @functools.cached_property
+    def embed_images(self) -> Any:
+        """Jitted (params, images) -> unit embeddings, rows laid out as the images'."""
+        return self._embed(models.ClipModel.embed_images)
+
+    @functools.cached_property
+    def embed_text(self) -> Any:
+        """Jitted (params, text) -> unit embeddings, rows laid out as the text's."""
+        return self._embed(models.ClipModel.embed_text)
+
+    def _embed(self, method: Any) -> Any:
+        def embed(params: Any, inputs: jax.Array) -> jax.Array:
+            return self._model.apply({"params": params}, inputs, method=method)  # pyright: ignore
+
+        sharding = self._partitioner.batch_sharding(self.mesh)
+        return self._within_rules(jax.jit(embed, out_shardings=sharding))
+
+    def _within_rules(self, fn: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with self._partitioner.activate():
+                return fn(*args)
+
+        return call
+
+
+def _one_example(batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Zeros for one row: parameters depend on the sizes of a row, not on their number."""
+    return {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in batch_spec.items()}
