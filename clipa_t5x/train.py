@@ -92,8 +92,11 @@ def train(
     state, position = starting_state(trainer, checkpointer, checkpoint_cfg, train_dataset_cfg,
                                      random_seed)  # fmt: skip
     first_step = int(state.step)
-    if first_step < total_steps:
-        logging.info("Training from step %d to %d in %s.", first_step, total_steps, model_dir)
+    if first_step >= total_steps:
+        check_finished(first_step, total_steps, model_dir)
+        info.write(model_dir, completed=True)
+        return state
+    logging.info("Training from step %d to %d in %s.", first_step, total_steps, model_dir)
     start = time.perf_counter()
     train_step = trainer.compiled_train_step
     logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
@@ -134,6 +137,20 @@ def check_arguments(model_dir: str, total_steps: int, eval_period: int, stats_pe
     for name, value in periods.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_finished(first_step: int, total_steps: int, model_dir: str) -> None:
+    """Tells that there is nothing to do; refuses a run that is already past its end.
+
+    Raises:
+      UserError: the checkpoint has more updates than are asked for.
+    """
+    if first_step > total_steps:
+        raise UserError(
+            f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
+            f"{first_step}: TRAIN_STEPS counts all steps of a run; raise it, or use a new MODEL_DIR."
+        )
+    logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
 
 
 def check_vocabulary(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> None:

@@ -1,0 +1,104 @@
+"""All stages of a recipe in one job: `python -m clipa_t5x.schedule --gin_file=gin/shapes.gin`.
+
+Stage n trains in MODEL_DIR/stage<n> and takes its parameters from stage n - 1. Started again, the
+schedule goes on in whatever stage it was stopped.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from etils import epath
+
+from clipa_t5x import errors, gin_utils, run_history
+
+ROOT = "clipa_t5x.schedule.Schedule"
+TRAIN_ROOT = "clipa_t5x.train.train"
+
+# Macros of the schedule itself; every other override goes to all stages.
+OWN_MACROS = ("MODEL_DIR", "STAGES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which experiments, in order.
+
+    Attributes:
+      stages: gin files, each an experiment.
+      model_dir: a folder for all of them.
+    """
+
+    stages: Sequence[str]
+    model_dir: str
+
+    def stage_name(self, number: int) -> str:
+        """'stage1' for number 0."""
+        return f"stage{number + 1}"
+
+    def bindings(self, number: int) -> list[str]:
+        """What the schedule adds to a stage's own configuration."""
+        here = os.path.join(self.model_dir, self.stage_name(number))
+        bindings = [f"MODEL_DIR = {here!r}"]
+        if number > 0:
+            before = os.path.join(self.model_dir, self.stage_name(number - 1))
+            bindings.append(f"INITIAL_CHECKPOINT_PATH = {before!r}")
+        return bindings
+
+    def is_completed(self, number: int) -> bool:
+        """Whether a stage has been trained to its end."""
+        path = epath.Path(self.model_dir) / self.stage_name(number) / run_history.STAGE_FILE
+        return path.exists() and bool(json.loads(path.read_text()).get("completed"))
+
+    def write(self) -> None:
+        """Writes `schedule.json`, which names the stages; process 0 only."""
+        if jax.process_index() == 0:
+            directory = epath.Path(self.model_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            names = [self.stage_name(i) for i in range(len(self.stages))]
+            (directory / run_history.SCHEDULE_FILE).write_text(json.dumps({"stages": names}) + "\n")
+
+
+def run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> None:
+    """Trains every stage that is not completed, then prints the table of all.
+
+    Args:
+      gin_files: the schedule's, see gin/engine/schedule.gin.
+      bindings: overrides: MODEL_DIR and STAGES of the schedule, all others of each stage.
+      search_paths: for gin files.
+
+    Raises:
+      UserError: anything in any stage's configuration is refused; no stage has begun then.
+    """
+    own = [b for b in bindings if b.partition("=")[0].strip() in OWN_MACROS]
+    shared = [b for b in bindings if b not in own]
+    gin_utils.parse(gin_files, own, search_paths, root=ROOT)
+    schedule: Schedule = gin_utils.get_root(ROOT)()
+    if not schedule.stages:
+        raise errors.UserError(f"STAGES of {gin_files[-1]} is empty: list the stages' gin files.")
+
+    def parse(number: int) -> None:
+        stage_bindings = [*schedule.bindings(number), *shared]
+        gin_utils.parse([schedule.stages[number]], stage_bindings, search_paths, root=TRAIN_ROOT)
+
+    for number in range(len(schedule.stages)):
+        parse(number)
+    schedule.write()
+    for number, stage in enumerate(schedule.stages):
+        if schedule.is_completed(number):
+            logging.info("%s (%s) is completed.", schedule.stage_name(number), stage)
+            continue
+        logging.info("%s of %d: %s", schedule.stage_name(number), len(schedule.stages), stage)
+        parse(number)
+        gin_utils.get_root(TRAIN_ROOT)()
+    if jax.process_index() == 0:
+        history = run_history.load(schedule.model_dir)
+        print(run_history.format_table(run_history.summary_rows(history)))
+
+
+if __name__ == "__main__":
+    from clipa_t5x import main
+
+    main.run("schedule")
