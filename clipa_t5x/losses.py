@@ -1,8 +1,8 @@
 """Contrastive losses: pure functions of embeddings, in float32."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import spmd
 
 
 def softmax_contrastive(
@@ -32,7 +32,7 @@ def softmax_contrastive(
     batch = images.shape[0]
     weights = jnp.ones((batch,), jnp.float32) if weights is None else weights.astype(jnp.float32)
     logits = logit_scale.astype(jnp.float32) * (images @ texts.T)
-    logits = nn.with_logical_constraint(logits, ("batch", None))
+    logits = spmd.with_logical_constraint(logits, ("batch", None))
     valid = weights > 0
     logits = jnp.where(valid[:, None] & valid[None, :], logits, jnp.finfo(jnp.float32).min)
     own = jnp.diagonal(logits)

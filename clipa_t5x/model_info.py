@@ -1,4 +1,4 @@
-"""What a run is made of, as text: parameters, their layout and the batch, before any is allocated."""
+"""What a run is made of, as text, before any is allocated: parameters, layout and batch."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import spmd
 
 from clipa_t5x import losses
 
@@ -60,15 +61,15 @@ class ClipModel(nn.Module):
             mean = jnp.asarray(self.image_mean, jnp.float32)
             std = jnp.asarray(self.image_std, jnp.float32)
             images = (images.astype(jnp.float32) - mean) / std
-        images = nn.with_logical_constraint(images, ("batch", None, None, None))
+        images = spmd.with_logical_constraint(images, ("batch", None, None, None))
         embeddings = l2_normalize(self.image_tower(images, train=train))
-        return nn.with_logical_constraint(embeddings, ("batch", None))
+        return spmd.with_logical_constraint(embeddings, ("batch", None))
 
     def embed_text(self, text: jax.Array, *, train: bool = False) -> jax.Array:
         """int32 [batch, length] to unit float32 [batch, joint]."""
-        text = nn.with_logical_constraint(text, ("batch", None))
+        text = spmd.with_logical_constraint(text, ("batch", None))
         embeddings = l2_normalize(self.text_tower(text, train=train))
-        return nn.with_logical_constraint(embeddings, ("batch", None))
+        return spmd.with_logical_constraint(embeddings, ("batch", None))
 
     def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
         """Loss and metrics of one global batch.
@@ -100,5 +101,6 @@ def training_loss(
     model: ClipModel, params: Params, batch: Batch, rng: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Loss and metrics of a training step; `rng` is that step's key."""
-    rngs = dict(zip(RNG_STREAMS, jax.random.split(rng, len(RNG_STREAMS)), strict=True))
+    keys = jax.random.split(rng, len(RNG_STREAMS))
+    rngs: dict[str, jax.Array] = dict(zip(RNG_STREAMS, keys, strict=True))
     return model.apply({"params": params}, batch, train=True, rngs=rngs)  # pyright: ignore[reportReturnType]

@@ -61,7 +61,9 @@ def adamw(
 
     Args:
       learning_rate: schedule, see `clipa_t5x.schedules`.
-      b1, b2, eps: Adam's constants.
+      b1: decay of the gradient's running mean.
+      b2: decay of the squared gradient's running mean.
+      eps: added to the root of the latter.
       weight_decay: factor of the parameter that joins the update.
       mu_dtype: dtype of the first moment, 'float32' or 'bfloat16'; the second is float32.
       decayed: regular expressions; a parameter whose whole name matches one decays. The default

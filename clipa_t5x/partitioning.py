@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -82,6 +83,7 @@ class PjitPartitioner:
       logical_axis_rules: see `standard_logical_axis_rules`.
       intended_mesh: {'replica': r, 'data': d, 'model': m} that the recipe is meant for: what a dry
         run shows where nothing else is asked for.
+      devices: the devices of the mesh; None for all devices of all processes.
     """
 
     num_partitions: int = 1
@@ -90,25 +92,26 @@ class PjitPartitioner:
         default_factory=standard_logical_axis_rules
     )
     intended_mesh: Mapping[str, int] | None = None
+    devices: Sequence[Any] | None = None
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The mesh over all devices of all processes.
+        """The mesh over `devices`.
 
         Raises:
           UserError: the number of devices is not a multiple of the fixed axes' sizes.
         """
-        devices = jax.device_count()
+        devices = jax.devices() if self.devices is None else self.devices
         fixed = self.num_partitions * self.num_replicas
-        if devices % fixed:
+        if len(devices) % fixed:
             raise UserError(
                 f"PjitPartitioner.num_partitions {self.num_partitions} x num_replicas "
-                f"{self.num_replicas} does not divide the {devices} devices present: choose sizes "
-                f"whose product is a divisor of {devices}."
+                f"{self.num_replicas} does not divide the {len(devices)} devices present: choose "
+                f"sizes whose product is a divisor of {len(devices)}."
             )
-        shape = (self.num_replicas, devices // fixed, self.num_partitions)
+        shape = (self.num_replicas, len(devices) // fixed, self.num_partitions)
         return Mesh(
-            mesh_utils.create_device_mesh(shape),
+            mesh_utils.create_device_mesh(shape, devices),
             MESH_AXES,
             axis_types=(AxisType.Auto,) * len(MESH_AXES),
         )
@@ -129,7 +132,7 @@ class PjitPartitioner:
 
     def batch_sharding(self, mesh: Any = None) -> NamedSharding:
         """How a batch lies: its rows over the mesh axes of 'batch', the rest whole."""
-        spec = nn.logical_to_mesh_axes(("batch",), self.logical_axis_rules)
+        spec = spmd.logical_to_mesh_axes(("batch",), self.logical_axis_rules)
         return NamedSharding(mesh or self.mesh, spec or PartitionSpec())
 
     def check_batch_size(self, batch_size: int, mesh: Any = None) -> None:
@@ -182,7 +185,7 @@ class PjitPartitioner:
         shapes = nn.unbox(boxed)
 
         def sharding(path: Any, shape: Any, logical: PartitionSpec) -> NamedSharding:
-            spec = nn.logical_to_mesh_axes(tuple(logical), self.logical_axis_rules)
+            spec = spmd.logical_to_mesh_axes(tuple(logical), self.logical_axis_rules)
             spec = spec or PartitionSpec()
             check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), shape, spec, mesh)
             return NamedSharding(mesh, spec)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from clipa_t5x.errors import UserError
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[ArrayLike], jax.Array]
 
 
 def steps_from_samples(samples: int, batch_size: int) -> int:
@@ -47,7 +48,7 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> Sched
             "shorter than the run. Lower WARMUP_STEPS or train longer."
         )
 
-    def learning_rate(step: jax.Array | int) -> jax.Array:
+    def learning_rate(step: ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
         warmup = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
 Initializer = Callable[..., Any]
@@ -156,7 +157,7 @@ class MultiHeadAttention(nn.Module):
                 dtype=self.dtype,
                 name=name,
             )(inputs)
-            outputs = nn.with_logical_constraint(outputs, ("batch", "length", "heads", "kv"))
+            outputs = spmd.with_logical_constraint(outputs, ("batch", "length", "heads", "kv"))
             return checkpoint_name(outputs, name)
 
         attended = jax.nn.dot_product_attention(
@@ -191,7 +192,7 @@ class Mlp(nn.Module):
             bias_init=partitioned(nn.initializers.zeros, "mlp"),
             name="fc1",
         )(inputs)
-        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        hidden = spmd.with_logical_constraint(hidden, ("batch", "length", "mlp"))
         hidden = checkpoint_name(hidden, "mlp_hidden")
         return nn.Dense(
             inputs.shape[-1],
@@ -244,7 +245,7 @@ class EncoderBlock(nn.Module):
         def add(residual: jax.Array, branch: jax.Array) -> jax.Array:
             if self.use_drop_path:
                 branch = drop_path(branch, drop_path_rate, lambda: self.make_rng("drop_path"))
-            return nn.with_logical_constraint(residual + branch, ("batch", "length", "embed"))
+            return spmd.with_logical_constraint(residual + branch, ("batch", "length", "embed"))
 
         normed = layer_norm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm1")(x)
         attention = MultiHeadAttention(self.num_heads, self.dtype, inits, name="attention")
@@ -303,11 +304,12 @@ class Encoder(nn.Module):
         }
         rates = jnp.linspace(0.0, self.drop_path_rate, self.depth)
         if self.scan_layers:
+            in_axes: Any = (0, nn.broadcast)
             scanned = nn.scan(
                 block_cls,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "drop_path": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=in_axes,
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )

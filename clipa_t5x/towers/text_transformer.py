@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import spmd
 
 from clipa_t5x.towers import layers, position_embeddings
 
@@ -82,7 +83,7 @@ class TextTransformer(nn.Module):
             name="token_embedding",
         )(ids)
         x = x + self._position_table(ids.shape[1]).astype(self.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
         x = layers.Encoder(
             depth=self.depth,
             num_heads=self.num_heads,

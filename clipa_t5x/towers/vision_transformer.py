@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import logging
+from flax.linen import spmd
 
 from clipa_t5x.towers import layers, position_embeddings, token_reduction
 
@@ -144,7 +145,7 @@ class VisionTransformer(nn.Module):
             class_token.astype(self.dtype) + positions[0], (batch, 1, self.width)
         )
         x = jnp.concatenate([first, patches], axis=1)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
         x = layers.Encoder(
             depth=self.depth,
             num_heads=self.num_heads,
