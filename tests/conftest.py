@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipa_t5x import models
+from clipa_t5x.towers import text_transformer, vision_transformer
+
+
+def pytest_addoption(parser):
+    """`--update_goldens` rewrites what golden tests compare with; review the diff."""
+    parser.addoption("--update_goldens", action="store_true", help="rewrite golden files")
+
+
+def pytest_configure(config):
+    """Before any test touches a device: 8 of them on the CPU, and compiled programs kept."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Returns a function that makes a CLIP model of width 32; `image` and `text` override sizes."""
+
+    def make(*, image=None, text=None, **kwargs):
+        sizes = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4, "out_dim": 16}
+        return models.ClipModel(
+            image_tower=vision_transformer.VisionTransformer(
+                **{**sizes, "patch_size": 8, **(image or {})}
+            ),
+            text_tower=text_transformer.TextTransformer(
+                **{**sizes, "vocab_size": 64, **(text or {})}
+            ),
+            **kwargs,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_batch():
+    """Returns a function that makes a batch of random images (16 x 16 pixels) and texts."""
+
+    def make(batch_size=16, *, length=8, seed=0):
+        rng = np.random.default_rng(seed)
+        images = rng.integers(0, 256, (batch_size, 16, 16, 3), dtype=np.uint8)
+        text = rng.integers(1, 64, (batch_size, length), dtype=np.int32)
+        return {"images": jnp.asarray(images), "text": jnp.asarray(text)}
+
+    return make

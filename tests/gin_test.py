@@ -1,0 +1,57 @@
+"""Every experiment in gin/ resolves to what its golden file says."""
+
+import pathlib
+
+import pytest
+
+import experiments
+from clipa_t5x import gin_utils, schedule
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gin"
+STAGE_FILES = sorted(p.stem for p in experiments.GIN.glob("*_stage*.gin"))
+SCHEDULE_FILES = sorted(p.stem for p in experiments.GIN.glob("*.gin") if "_stage" not in p.stem)
+
+
+def check_golden(path: pathlib.Path, text: str, update: bool) -> None:
+    if update:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert path.exists(), f"{path} is missing: run pytest --update_goldens and review it"
+    assert text == path.read_text(), "resolved differently: run pytest --update_goldens, review"
+
+
+@pytest.mark.parametrize("experiment", STAGE_FILES)
+def test_resolved_configuration_is_the_golden_one(experiment, request):
+    bindings = ["MODEL_DIR = '/model_dir'"]
+    if not experiment.endswith("stage1"):
+        bindings.append("INITIAL_CHECKPOINT_PATH = '/initial_checkpoint'")
+    experiments.parse(experiment, *bindings)
+    gin_utils.build_arguments(experiments.TRAIN)
+    text = gin_utils.operative_config()
+    path = GOLDENS / f"{experiment}.gin"
+    check_golden(path, text, request.config.getoption("--update_goldens"))
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FILES)
+def test_schedules_name_their_stages_in_order(name):
+    search_paths = [str(experiments.GIN), str(experiments.REPOSITORY)]
+    files = [str(experiments.GIN / f"{name}.gin")]
+    gin_utils.parse(files, ["MODEL_DIR = '/m'"], search_paths, root=schedule.ROOT)
+    stages = gin_utils.get_root(schedule.ROOT)().stages
+    assert list(stages) == [f"gin/{name}_stage{n}.gin" for n in (1, 2, 3)]
+    assert all((experiments.REPOSITORY / stage).exists() for stage in stages)
+
+
+@pytest.mark.parametrize("experiment", STAGE_FILES)
+def test_experiments_hold_macros_and_includes_only(experiment):
+    """So that one file serves every engine; and they are about ten lines."""
+    lines = (experiments.GIN / f"{experiment}.gin").read_text().splitlines()
+    statements = [line for line in lines if line and not line.startswith("#")]
+    for line in statements:
+        name = line.partition("=")[0].strip()
+        assert line.startswith("include ") or (name.isupper() and "." not in name), line
+    assert len(statements) <= 20
+
+
+def test_the_folder_does_not_shadow_the_gin_library():
+    assert not list(experiments.GIN.rglob("__init__.py"))

@@ -1,0 +1,50 @@
+import json
+import pathlib
+
+import pytest
+
+import experiments
+from clipa_t5x import schedule
+from clipa_t5x.errors import UserError
+
+SCHEDULE = f"{experiments.GIN}/digits.gin"
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(tmp_path_factory, monkeypatch):
+    parent = tmp_path_factory.getbasetemp() / "schedule"
+    parent.mkdir(exist_ok=True)
+    monkeypatch.chdir(experiments.digits_dir(str(parent)))
+
+
+def run(model_dir, *bindings):
+    own = [f"MODEL_DIR = {str(model_dir)!r}", *experiments.MINIATURE, "TRAIN_STEPS = 3"]
+    schedule.run([SCHEDULE], [*own, *bindings], [str(experiments.GIN), str(experiments.REPOSITORY)])
+
+
+def test_stages_follow_each_other_and_a_second_start_goes_on(tmp_path, capsys):
+    # A killed schedule: the second stage has not begun.
+    one_stage = "STAGES = ['gin/digits_stage1.gin']"
+    run(tmp_path / "run", one_stage)
+    written = (tmp_path / "run" / "stage1" / "metrics.jsonl").read_text()
+    run(tmp_path / "run")
+    stages = json.loads((tmp_path / "run" / "schedule.json").read_text())["stages"]
+    assert stages == ["stage1", "stage2", "stage3"]
+    assert (tmp_path / "run" / "stage1" / "metrics.jsonl").read_text() == written
+    for stage, positions in zip(stages, (8, 16, 32), strict=True):
+        info = json.loads((tmp_path / "run" / stage / "stage.json").read_text())
+        assert info["completed"] and info["text_length"] == positions
+        arrays = experiments.saved_state(tmp_path / "run" / stage, 3)
+        assert arrays["params/text_tower/position_embedding"].shape == (positions, 32)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[-3:]] == ["16", "24", "32"] or len(table) > 3
+
+
+def test_every_stage_is_checked_before_the_first_begins(tmp_path):
+    with pytest.raises(UserError, match="IMAGE_MASK_RATO"):
+        run(tmp_path / "run", "IMAGE_MASK_RATO = 0.1")
+    with pytest.raises(UserError, match="no_such_stage.gin"):
+        run(tmp_path / "run", "STAGES = ['gin/digits_stage1.gin', 'gin/no_such_stage.gin']")
+    with pytest.raises(UserError, match="STAGES of .* is empty"):
+        run(tmp_path / "run", "STAGES = []")
+    assert not pathlib.Path(tmp_path / "run" / "stage1").exists()

@@ -1,0 +1,187 @@
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import experiments
+from clipa_t5x import gin_utils, train
+from clipa_t5x.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return experiments.digits_dir(str(tmp_path_factory.mktemp("workspace")))
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def overrides(model_dir, **macros):
+    return [*experiments.MINIATURE, f"MODEL_DIR = {str(model_dir)!r}",
+            *(f"{name} = {value!r}" for name, value in macros.items())]  # fmt: skip
+
+
+def flags(model_dir, **macros):
+    return [f"--gin_bindings={b}" for b in overrides(model_dir, **macros)]
+
+
+def assert_same_arrays(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
+        else:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(workspace, tmp_path):
+    """Stopped at a checkpoint by SIGKILL, gone on with in a new process."""
+    recipe = experiments.command("train", f"--gin_file={experiments.GIN}/digits_stage1.gin")
+    macros = {"TRAIN_STEPS": 8, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 8, "IMAGE_MASK_RATIO": 0.5}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    result = experiments.run([*recipe, *flags(whole, **macros)], workspace)
+    assert result.returncode == 0, result.stderr[-4000:]
+    # What a killed run leaves behind is its checkpoint of step 4, and records of later steps.
+    halves.mkdir()
+    (whole / "checkpoint_4").rename(halves / "checkpoint_4")
+    (halves / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    result = experiments.run([*recipe, *flags(halves, **macros)], workspace)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "Resuming after step 4" in result.stderr
+    assert_same_arrays(experiments.saved_state(whole, 8), experiments.saved_state(halves, 8))
+    final = experiments.records(halves, "train")[8]
+    assert final["loss"] == experiments.records(whole, "train")[8]["loss"]
+
+
+def test_two_processes_equal_one(workspace, tmp_path):
+    """2 processes x 4 devices = 1 process x 8 devices: same data, same losses, same parameters."""
+    recipe = experiments.command("train", f"--gin_file={experiments.GIN}/digits_stage1.gin")
+    macros = {"TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = experiments.run([*recipe, *flags(one, **macros)], workspace, num_devices=8)
+    assert result.returncode == 0, result.stderr[-4000:]
+    experiments.run_processes([*recipe, *flags(two, **macros)], workspace, 2, num_devices=4)
+    losses = [[r["loss"] for r in experiments.records(d, "train").values()] for d in (one, two)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert_same_arrays(
+        experiments.saved_state(one, 4), experiments.saved_state(two, 4), rtol=1e-3, atol=1e-5
+    )
+    for group in ("inference_eval/digit", "inference_eval/gallery"):
+        assert experiments.records(one, group)[4] == experiments.records(two, group)[4]
+
+
+def test_the_saved_configuration_alone_repeats_the_run(tmp_path):
+    first = experiments.train("digits_stage1", *overrides(tmp_path / "a", TRAIN_STEPS=3))
+    config = tmp_path / "config.gin"
+    config.write_text((tmp_path / "a" / "config.gin").read_text())
+    gin_utils.parse([str(config)], [f"MODEL_DIR = {str(tmp_path / 'b')!r}"], [],
+                    root=experiments.TRAIN)  # fmt: skip
+    second = gin_utils.get_root(experiments.TRAIN)()
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    a, b = ((tmp_path / d / "config.gin").read_text() for d in "ab")
+    assert a.replace(str(tmp_path / "a"), "") == b.replace(str(tmp_path / "b"), "")
+
+
+def test_stage_2_takes_parameters_and_nothing_else(tmp_path):
+    one, two = tmp_path / "stage1", tmp_path / "stage2"
+    before = experiments.train("digits_stage1", *overrides(one, TRAIN_STEPS=3))
+    macros = {"TRAIN_STEPS": 1, "INITIAL_CHECKPOINT_PATH": str(one), "LEARNING_RATE": 0.0}
+    after = experiments.train("digits_stage2", *overrides(two, **macros))
+    text = after.params["text_tower"]
+    assert text["position_embedding"].shape == (16, 32)
+    for name in ("image_tower", "logit_scale"):
+        jax.tree.map(np.testing.assert_array_equal, before.params[name], after.params[name])
+    np.testing.assert_array_equal(
+        before.params["text_tower"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"],
+        text["encoder"]["layers"]["mlp"]["fc1"]["kernel"],
+    )
+    assert int(after.step) == 1
+    counts = [x for x in jax.tree.leaves(after.opt_state) if x.dtype == np.int32]
+    assert counts and all(int(count) == 1 for count in counts)
+
+
+def test_digits_are_learnt(tmp_path):
+    """A short real training on real handwriting, through a hand-over of stages."""
+    first, second = str(tmp_path / "stage1"), str(tmp_path / "stage2")
+    short = ["CHECKPOINT_PERIOD = None", "EVAL_PERIOD = 1000", "LOG_PERIOD = 10"]
+    experiments.train(
+        "digits_stage1", f"MODEL_DIR = {first!r}", "TRAIN_STEPS = 150", "BATCH_SIZE = 64",
+        "EVAL_BATCH_SIZE = 64", "LEARNING_RATE = 1e-3", *short,
+    )  # fmt: skip
+    experiments.train(
+        "digits_stage2", f"MODEL_DIR = {second!r}", f"INITIAL_CHECKPOINT_PATH = {first!r}",
+        "TRAIN_STEPS = 40", "BATCH_SIZE = 64", "EVAL_BATCH_SIZE = 64", *short,
+    )  # fmt: skip
+    losses = experiments.records(first, "train")
+    assert losses[150]["loss"] < 0.8 * losses[10]["loss"]
+    accuracy = [experiments.records(d, "inference_eval/digit") for d in (first, second)]
+    assert accuracy[0][150]["accuracy"] > 0.6
+    assert accuracy[1][40]["accuracy"] > 0.7
+    # The second stage begins where the first ended, not from scratch.
+    assert experiments.records(second, "train")[10]["loss"] < losses[20]["loss"]
+    gallery = json.loads((pathlib.Path(second) / "gallery.json").read_text())
+    assert len(gallery["items"]) == 12
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path):
+    macros = overrides(tmp_path / "run", TRAIN_STEPS=2)
+    state = experiments.train("digits_stage1", *macros)
+    again = experiments.train("digits_stage1", *macros)
+    jax.tree.map(np.testing.assert_array_equal, state.params, again.params)
+    with pytest.raises(UserError, match="TRAIN_STEPS is 1, and the newest checkpoint .* step 2"):
+        experiments.train("digits_stage1", *macros, "TRAIN_STEPS = 1", "WARMUP_STEPS = 0")
+
+
+@pytest.mark.parametrize(
+    "experiment, bindings, message",
+    [
+        ("digits_stage1", ["MODEL_DIR = ''"], "MODEL_DIR is empty"),
+        ("digits_stage1", ["BATCH_SIZE = 60"], r"BATCH_SIZE is 60.*8 parts.*56 or 64"),
+        ("digits_stage1", ["VOCABULARY_PATH = 'no/vocab.txt'"], "vocabulary file no/vocab.txt"),
+        ("digits_stage1", ["DATA_DIR = 'nowhere'"], "directory nowhere does not exist"),
+        ("digits_stage1", ["MIXTURE_OR_TASK_NAME = 'digit'"], "'digit', which is not a registered"),
+        ("digits_stage1", ["WARMUP_STEPS = 5"], "WARMUP_STEPS is 5 and TRAIN_STEPS is 3"),
+        ("digits_stage1", ["LOG_PERIOD = 0"], "LOG_PERIOD is 0"),
+        ("digits_stage1", ["TextTransformer.vocab_size = 20"], "vocab_size is 20"),
+        ("digits_stage1", ["TASK_FEATURE_LENGTHS = {'images': 16}"], "'text' must be"),
+        ("digits_stage2", ["INITIAL_CHECKPOINT_PATH = 'gone'"], "no complete checkpoint at gone"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_a_line(tmp_path, experiment, bindings, message):
+    if experiment == "digits_stage2" and "INITIAL" not in bindings[0]:
+        bindings = [*bindings, "INITIAL_CHECKPOINT_PATH = None"]
+    with pytest.raises(UserError, match=message) as caught:
+        experiments.train(experiment, *overrides(tmp_path / "run", TRAIN_STEPS=3), *bindings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    experiments.train("digits_stage1", *overrides(tmp_path / "run", TRAIN_STEPS=2))
+    other = [*overrides(tmp_path / "run", TRAIN_STEPS=4), "VisionTransformer.mlp_dim = 48"]
+    with pytest.raises(
+        UserError, match=r"image_tower/encoder/layers/mlp/fc1/kernel is \(2, 32, 64"
+    ):
+        experiments.train("digits_stage1", *other)
+
+
+def test_a_diverged_run_stops(tmp_path):
+    macros = overrides(tmp_path / "run", TRAIN_STEPS=30, WARMUP_STEPS=0, LEARNING_RATE=1e30)
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        experiments.train("digits_stage1", *macros)
+
+
+def test_describe_lays_bigg_on_its_mesh_without_allocating_it():
+    experiments.parse("bigG14_stage1", "MODEL_DIR = 'unused'")
+    text = train.describe(**gin_utils.build_arguments(experiments.TRAIN))
+    assert "mesh: replica=4, data=64, model=1 (256 devices)" in text
+    assert "parameters: 2,516,765,569" in text
+    live = sum(x.nbytes for x in jax.live_arrays())
+    assert live < 1e9
+    narrow = train.describe(
+        **gin_utils.build_arguments(experiments.TRAIN), mesh_shape={"data": 16, "model": 2}
+    )
+    assert "mesh: replica=1, data=16, model=2 (32 devices)" in narrow
