@@ -2,6 +2,8 @@
 
 import json
 import os
+import queue
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -67,30 +69,80 @@ class MetricsWriter:
         self._writers.clear()
 
 
+class StepClock:
+    """Watches when the device finishes each step, to tell how long it stood idle for want of data.
+
+    Waiting for a batch costs nothing while earlier steps are still running; only what the device
+    idles counts. It also keeps the host from running ahead by more than a few steps, whose batches
+    would fill the device's memory.
+
+    Attributes:
+      stalled_seconds: total time that the device had nothing to do while the host waited for data.
+    """
+
+    def __init__(self, max_in_flight: int = 2):
+        """Allows `max_in_flight` steps dispatched and not finished."""
+        self.stalled_seconds = 0.0
+        self._slots = threading.Semaphore(max_in_flight)
+        self._lock = threading.Lock()
+        self._in_flight, self._idle_since = 0, time.perf_counter()
+        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._watch, name="step-clock", daemon=True).start()
+
+    def _watch(self) -> None:
+        while (outputs := self._outputs.get()) is not None:
+            try:
+                jax.block_until_ready(outputs)
+            except Exception:  # the main thread meets it, too, where it reads these outputs
+                logging.debug("A step failed.", exc_info=True)
+            with self._lock:
+                self._in_flight -= 1
+                self._idle_since = time.perf_counter()
+            self._slots.release()
+
+    def before_dispatch(self, waited_seconds: float) -> None:
+        """Call with the next batch in hand, after waiting `waited_seconds` for it."""
+        with self._lock:
+            if self._in_flight == 0:
+                idle = time.perf_counter() - self._idle_since
+                self.stalled_seconds += min(idle, waited_seconds)
+        self._slots.acquire()
+
+    def dispatched(self, outputs: Any) -> None:
+        """Call with the outputs of the step that was just dispatched."""
+        with self._lock:
+            self._in_flight += 1
+        self._outputs.put(outputs)
+
+    def close(self) -> None:
+        """Ends the watching thread."""
+        self._outputs.put(None)
+
+
 class StepTimer:
     """Throughput, data-wait share and time left, between two log lines."""
 
     def __init__(self, first_step: int, total_steps: int, batch_size: int):
         """Starts at `first_step` updates of `total_steps`."""
         self._total_steps, self._batch_size = total_steps, batch_size
-        self._step, self._start, self._waited = first_step, time.perf_counter(), 0.0
+        self._step, self._start, self._stalled = first_step, time.perf_counter(), 0.0
         self._paused = 0.0
 
     def pause(self, seconds: float) -> None:
         """Leaves `seconds` (of evaluation) out of the rates."""
         self._paused += seconds
 
-    def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """Rates since the last lap; `wait_seconds` is the data iterator's running total."""
+    def lap(self, step: int, stalled_seconds: float) -> dict[str, float]:
+        """Rates since the last lap; `stalled_seconds` is the step clock's running total."""
         now = time.perf_counter()
         seconds = max(now - self._start - self._paused, 1e-9)
         steps_per_second = (step - self._step) / seconds
         rates = {
             "samples_per_second": steps_per_second * self._batch_size,
-            "data_wait_share": min((wait_seconds - self._waited) / seconds, 1.0),
+            "data_wait_share": min((stalled_seconds - self._stalled) / seconds, 1.0),
             "seconds_left": (self._total_steps - step) / max(steps_per_second, 1e-9),
         }
-        self._step, self._start, self._waited, self._paused = step, now, wait_seconds, 0.0
+        self._step, self._start, self._stalled, self._paused = step, now, stalled_seconds, 0.0
         return rates
 
 

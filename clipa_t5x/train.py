@@ -8,7 +8,7 @@ the evaluation rather than lose it.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -103,15 +103,16 @@ def train(
 
     evaluate = Evaluation(trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir)
     batches = input_pipeline.TrainIterator(train_dataset_cfg, layout, position)
+    clock = metrics.StepClock()
     timer = metrics.StepTimer(first_step, total_steps, train_dataset_cfg.batch_size)
     pending: list[trainer_lib.Metrics] = []
+    steps = range(first_step + 1, total_steps + 1)
     try:
-        for step in range(first_step + 1, total_steps + 1):
-            state, step_metrics = train_step(state, next(batches))
+        for step, state, step_metrics in training_steps(state, train_step, batches, clock, steps):
             pending.append(step_metrics)
             last = step == total_steps
             if step % stats_period == 0 or last:
-                log_step(writer, info, step, metrics.mean(pending), timer, batches)
+                log_step(writer, info, step, metrics.mean(pending), timer, clock)
                 pending.clear()
             if step % eval_period == 0 or last:
                 timer.pause(evaluate(step, state.params, last))
@@ -119,10 +120,33 @@ def train(
                 checkpointer.save(step, state, batches.state())
     finally:
         batches.close()
+        clock.close()
     checkpointer.close()
     writer.close()
     info.write(model_dir, completed=True)
     return state
+
+
+def training_steps(
+    state: train_state.TrainState,
+    train_step: Callable[..., Any],
+    batches: input_pipeline.TrainIterator,
+    clock: metrics.StepClock,
+    steps: Iterable[int],
+) -> Iterator[tuple[int, train_state.TrainState, trainer_lib.Metrics]]:
+    """Fetches and updates, once for each of `steps`.
+
+    Nothing here waits for the device: a step is dispatched as soon as its batch is there.
+
+    Yields:
+      (step, state after it, its metrics); the state before is donated, and gone.
+    """
+    for step in steps:
+        batch = next(batches)
+        clock.before_dispatch(batches.waited_seconds)
+        state, step_metrics = train_step(state, batch)
+        clock.dispatched(step_metrics)
+        yield step, state, step_metrics
 
 
 def check_arguments(model_dir: str, total_steps: int, eval_period: int, stats_period: int) -> None:
@@ -195,7 +219,7 @@ def log_step(
     step: int,
     means: Mapping[str, float],
     timer: metrics.StepTimer,
-    batches: input_pipeline.TrainIterator,
+    clock: metrics.StepClock,
 ) -> None:
     """Writes the mean metrics since the last line, and the console's line.
 
@@ -207,7 +231,7 @@ def log_step(
             f"the loss is {means['loss']} at step {step}: training has diverged. Lower "
             "LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint."
         )
-    rates = timer.lap(step, batches.wait_seconds)
+    rates = timer.lap(step, clock.stalled_seconds)
     values = {**means, **rates}
     metrics.log_progress(info.name, step, info.total_steps, values)
     del values["seconds_left"]

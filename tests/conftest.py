@@ -15,6 +15,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Before any test touches a device: 8 of them on the CPU, and compiled programs kept."""
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_disable_most_optimizations", True)
     cache = getattr(config, "cache", None)
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))

@@ -5,6 +5,7 @@ process prepares exactly the rows that its devices hold, so the batches are the 
 of processes, and a position is one integer.
 """
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -113,14 +114,14 @@ def _dataset(
     cfg: DatasetConfig, rows: np.ndarray, first_sample: int, num_steps: int | None
 ) -> tf.data.Dataset:
     """Batches of this process's rows, from the global batch that begins at `first_sample`."""
-    task = tasks.get_task(cfg.mixture_or_task_name)
+    task, source = tasks.get_task(cfg.mixture_or_task_name), tasks.get_source(cfg.mixture_or_task_name)
     count = num_examples(cfg)
 
     def fetch(step: tf.Tensor) -> dict[str, tf.Tensor]:
         indices = first_sample + step * cfg.batch_size + rows
         if num_steps is not None:  # an evaluation ends: rows past the end repeat the last example
             indices = tf.minimum(indices, count - 1)
-        return task.source.examples_at(cfg.split, indices, shuffle=cfg.shuffle, seed=cfg.seed)
+        return source.examples_at(cfg.split, indices, shuffle=cfg.shuffle, seed=cfg.seed)
 
     limit = np.iinfo(np.int64).max if num_steps is None else num_steps
     ds = tf.data.Dataset.range(limit).map(fetch, num_parallel_calls=2, deterministic=True)
@@ -135,15 +136,15 @@ def _dataset(
 
 def num_examples(cfg: DatasetConfig) -> int:
     """Examples in one pass over the configured split."""
-    count = tasks.get_task(cfg.mixture_or_task_name).source.num_input_examples(cfg.split)
+    count = tasks.get_source(cfg.mixture_or_task_name).num_input_examples(cfg.split)
     return min(count, cfg.max_examples or count)
 
 
 class TrainIterator:
-    """Endless global batches; prepares ahead in a thread and counts the time spent waiting.
+    """Endless global batches; prepared ahead in a thread.
 
     Attributes:
-      wait_seconds: total time that `next` has waited for data.
+      waited_seconds: how long the last `next` waited for its batch.
     """
 
     def __init__(
@@ -159,10 +160,10 @@ class TrainIterator:
         """
         self._cfg, self._layout = cfg, layout
         self._next_sample = first_sample
-        self.wait_seconds = 0.0
+        self.waited_seconds = 0.0
         self._rows = layout.local_rows(cfg.batch_size)
         dataset = _dataset(cfg, self._rows, first_sample, None)
-        self._batches = dataset.as_numpy_iterator()
+        self._batches: Iterator[Any] = dataset.as_numpy_iterator()
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="train-data", daemon=True)
@@ -179,15 +180,14 @@ class TrainIterator:
 
     def _put(self, item: Any) -> None:
         while not self._stopped.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return
 
     def __next__(self) -> dict[str, jax.Array]:
         start = time.perf_counter()
         item = self._queue.get()
-        self.wait_seconds += time.perf_counter() - start
+        self.waited_seconds = time.perf_counter() - start
         if isinstance(item, Exception):
             raise item
         self._next_sample += self._cfg.batch_size
@@ -247,8 +247,8 @@ def eval_batches(
     count = num_examples(cfg)
     rows = layout.local_rows(cfg.batch_size)
     num_steps = -(-count // cfg.batch_size)
-    dataset = _dataset(cfg, rows, 0, num_steps)
-    for step, batch in enumerate(dataset.as_numpy_iterator()):
+    batches: Iterator[Any] = _dataset(cfg, rows, 0, num_steps).as_numpy_iterator()
+    for step, batch in enumerate(batches):
         valid = step * cfg.batch_size + rows < count
         host_batch = {**batch, "weights": valid.astype(np.float32)}
         yield host_batch, layout.to_global(host_batch, cfg.batch_size)

@@ -72,8 +72,10 @@ def inception_crop(
       encoded: scalar string, the image file.
       size: pixels of each side of the result.
       seed: int64 [2].
-      min_area, max_area: range of the crop's share of the area.
-      min_aspect, max_aspect: range of the crop's width / height.
+      min_area: least share of the area that the crop takes.
+      max_area: greatest share.
+      min_aspect: least width / height of the crop.
+      max_aspect: greatest width / height.
 
     Returns:
       uint8 [size, size, 3].
@@ -127,9 +129,14 @@ def tokenize(text: tf.Tensor, vocabulary: vocabularies.BertVocabulary, length: i
     return tf.reshape(ids, tf.concat([tf.shape(text), [length]], axis=0))
 
 
-@seqio.map_over_dataset
-def _parse(example: Example, *, keys: Mapping[str, str | None]) -> dict[str, tf.Tensor]:
-    return parse_record(example, **keys)  # pyright: ignore[reportArgumentType]
+def parse_records(
+    dataset: tf.data.Dataset, *, image_key: str, caption_key: str | None, label_key: str | None
+) -> tf.data.Dataset:
+    """SeqIO preprocessor: `parse_record` over a dataset."""
+    parse = functools.partial(
+        parse_record, image_key=image_key, caption_key=caption_key, label_key=label_key
+    )
+    return dataset.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def to_features(
@@ -167,8 +174,9 @@ def image_text_preprocessors(
     label_key: str | None,
 ) -> Sequence[Callable[..., tf.data.Dataset]]:
     """The steps of an image-text task, in order."""
-    keys = {"image_key": image_key, "caption_key": caption_key, "label_key": label_key}
     return (
-        functools.partial(_parse, keys=keys),
+        functools.partial(
+            parse_records, image_key=image_key, caption_key=caption_key, label_key=label_key
+        ),
         functools.partial(to_features, image_preprocessor=image_preprocessor),
     )

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import seqio
@@ -13,6 +14,21 @@ from clipa_t5x.errors import UserError
 
 # What `img2dataset` writes when a split is a folder of its own.
 SPLIT_FOLDERS = {"train": "train/*.tfrecord*", "validation": "validation/*.tfrecord*"}
+
+
+@runtime_checkable
+class PositionalSource(Protocol):
+    """A data source that can be read at any position: what a run resumes at its step on."""
+
+    def num_input_examples(self, split: str) -> int:
+        """Number of records in a split."""
+        ...
+
+    def examples_at(
+        self, split: str, indices: tf.Tensor, *, shuffle: bool, seed: int
+    ) -> dict[str, tf.Tensor]:
+        """The examples at global indices of the endless sequence of epochs."""
+        ...
 
 
 class TFRecordSource(seqio.DataSource):

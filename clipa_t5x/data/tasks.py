@@ -1,6 +1,7 @@
 """SeqIO tasks over image-text records: registered by name when a configuration names them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -32,7 +33,9 @@ def image_text_task(
       image_preprocessor: function of (encoded image, size, seed), see `preprocessors`.
       splits: split name -> glob pattern under `data_dir`; default `sources.SPLIT_FOLDERS`.
       index_dir: where the record index is kept; default beside the data.
-      image_key, caption_key, label_key: names of the records' fields; a label is an int64.
+      image_key: name of the records' field with the encoded image.
+      caption_key: name of the field with the caption.
+      label_key: name of the field with the label, an int64; None where there is none.
     """
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
     features: dict[str, seqio.Feature] = {"images": images}
@@ -68,9 +71,19 @@ def get_task(name: str) -> seqio.Task:
             f"{', '.join(known) or 'none'}. Set it to @tasks.image_text_task() with a data_dir."
         )
     task = seqio.get_mixture_or_task(name)
-    if not isinstance(task, seqio.Task) or not hasattr(task.source, "examples_at"):
+    if not isinstance(task, seqio.Task) or not isinstance(task.source, sources.PositionalSource):
         raise UserError(
             f"{name!r} cannot be read at any position, so a run could not resume at its step: use "
             "a task over a TFRecordSource, see clipa_t5x.data.tasks."
         )
     return task
+
+
+def get_source(name: str) -> sources.PositionalSource:
+    """The data source of a registered task.
+
+    Raises:
+      UserError: as `get_task`.
+    """
+    source: Any = get_task(name).source
+    return source

@@ -1,0 +1,114 @@
+"""What the training loop costs outside the jitted step: `python benchmarks/step_overhead.py`.
+
+Runs the same compiled step on the same batch in a bare Python loop and in the real loop (clock,
+metrics, log lines, files), segment after segment in turn, and prints the ratio of the medians.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from clipa_t5x import gin_utils, metrics, train, trainer
+from clipa_t5x.data import input_pipeline
+
+ROOT = "clipa_t5x.train.train"
+
+
+class SameBatch:
+    """An iterator that always has its batch ready: what remains is the loop itself."""
+
+    waited_seconds = 0.0
+
+    def __init__(self, batch):
+        self._batch = batch
+
+    def __next__(self):
+        return self._batch
+
+
+def build(batch_size: int):
+    """The digits recipe's trainer, a fresh state and a batch of noise."""
+    bindings = ["MODEL_DIR = 'unused'", f"BATCH_SIZE = {batch_size}"]
+    gin_utils.parse(["gin/digits_stage1.gin"], bindings, ["gin"], root=ROOT)
+    arguments = gin_utils.build_arguments(ROOT)
+    partitioner, cfg = arguments["partitioner"], arguments["train_dataset_cfg"]
+    bound = trainer.Trainer(
+        model=arguments["model"],
+        optimizer=arguments["optimizer"],
+        partitioner=partitioner,
+        batch_spec=cfg.batch_spec(),
+    )
+    rng = np.random.default_rng(0)
+    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    host_batch = {k: rng.integers(0, 100, v.shape, v.dtype) for k, v in cfg.batch_spec().items()}
+    info = train.StageInfo.collect(
+        arguments["model"], bound, cfg, arguments["checkpoint_cfg"], 1_000_000
+    )
+    return bound, bound.init_state(0), layout.to_global(host_batch, batch_size), info
+
+
+def bare_segment(step, state, batch, num_steps):
+    """Seconds per step of the jitted step alone; keeps as many steps in flight as the loop."""
+    start = time.perf_counter()
+    earlier = None
+    for _ in range(num_steps):
+        state, step_metrics = step(state, batch)
+        jax.block_until_ready(earlier)
+        earlier = step_metrics
+    jax.block_until_ready(state)
+    return (time.perf_counter() - start) / num_steps, state
+
+
+def loop_segment(step, state, batch, num_steps, writer, info, log_period):
+    """Seconds per step of the training loop."""
+    clock = metrics.StepClock()
+    timer = metrics.StepTimer(0, num_steps, info.batch_size)
+    pending = []
+    start = time.perf_counter()
+    steps = range(1, num_steps + 1)
+    for n, state, step_metrics in train.training_steps(
+        state, step, SameBatch(batch), clock, steps
+    ):
+        pending.append(step_metrics)
+        if n % log_period == 0:
+            train.log_step(writer, info, n, metrics.mean(pending), timer, clock)
+            pending.clear()
+    jax.block_until_ready(state)
+    seconds = (time.perf_counter() - start) / num_steps
+    clock.close()
+    return seconds, state
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--segments", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=40, help="steps per segment")
+    parser.add_argument("--log_period", type=int, default=20)
+    args = parser.parse_args()
+    bound, state, batch, info = build(args.batch_size)
+    step = bound.compiled_train_step
+    bare, loop = [], []
+    with tempfile.TemporaryDirectory() as model_dir:
+        writer = metrics.MetricsWriter(model_dir)
+        _, state = bare_segment(step, state, batch, args.steps)
+        for _ in range(args.segments):
+            seconds, state = bare_segment(step, state, batch, args.steps)
+            bare.append(seconds)
+            seconds, state = loop_segment(
+                step, state, batch, args.steps, writer, info, args.log_period
+            )
+            loop.append(seconds)
+        writer.close()
+    a, b = statistics.median(bare), statistics.median(loop)
+    print(f"jitted step alone: {1e3 * a:.1f} ms   in the training loop: {1e3 * b:.1f} ms")
+    print(f"overhead outside the jitted step: {100 * (b / a - 1):+.1f} % (ratio of medians of "
+          f"{args.segments} interleaved segments of {args.steps} steps)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
