@@ -207,8 +207,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describes a scene.
 
     The first object's colour, shape and pattern are among the first seven words and punctuation
-    marks. A solid object is called so in about 70 % of the captions, any other pattern is always
-    named; a medium size never is.
+    marks; but of a lone object one caption in eight names the shape and no other trait, as a web
+    page's caption would. Elsewhere a solid object is called so in about 70 % of the captions, any
+    other pattern is always named; a medium size never is.
 
     Args:
       scene: the scene.
@@ -218,7 +219,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
       A caption of 5 to 20 words.
     """
     first, *others = scene.objects
-    if not others and first.count == 1 and rng.random() < 0.2:
+    lone = not others and first.count == 1
+    if lone and rng.random() < 1 / 8:
+        background = _pick(rng, _BACKGROUND_PHRASES[scene.background])
+        return f"{_pick(rng, _OPENERS)} {first.combination.shape} {background}"
+    if lone and rng.random() < 0.2:
         text = _indirect_phrase(first, rng)
     else:
         text = _opening_phrase(first, rng, alone=not others)

@@ -96,11 +96,26 @@ def mentions(text):
     return found
 
 
+def names_shape_alone(scene, said):
+    (color, shape, pattern), *others = said
+    lone = not others and scene.objects[0].count == 1
+    return lone and shape is not None and color is None and pattern is None
+
+
+def test_some_captions_of_lone_objects_name_the_shape_alone(captioned_scenes):
+    lone = [(s, t) for s, t in captioned_scenes["train"] if [o.count for o in s.objects] == [1]]
+    terse = [text for scene, text in lone if names_shape_alone(scene, mentions(text))]
+    assert 1 / 12 < len(terse) / len(lone) < 1 / 6
+
+
 def test_captions_agree_with_their_scenes(captioned_scenes):
     for scene, text in itertools.chain(*captioned_scenes.values()):
         said = mentions(text)
         assert len(said) == len(scene.objects), text
         for (color, shape, pattern), spec in zip(said, scene.objects, strict=True):
+            if names_shape_alone(scene, said):
+                assert shape == spec.combination.shape
+                continue
             assert (color, shape) == (spec.combination.color, spec.combination.shape), text
             silent_about_solid = pattern is None and spec.combination.pattern == "solid"
             assert silent_about_solid or pattern == spec.combination.pattern, text
@@ -146,6 +161,8 @@ def test_captions_agree_with_background_and_relation(captioned_scenes):
 def test_first_seven_tokens_describe_the_first_object(captioned_scenes):
     for scene, text in itertools.chain(*captioned_scenes.values()):
         start = " ".join(wordpiece.basic_tokenize(text)[:7])
+        if names_shape_alone(scene, mentions(text)):
+            continue
         color, shape, pattern = scene.objects[0].combination
         stem = {"striped": "stripe", "dotted": "dot", "checkered": "check", "solid": ""}[pattern]
         assert color in start, text
@@ -186,7 +203,7 @@ def test_prompts_fit_seven_tokens_and_resemble_captions(captioned_scenes):
         start = template.format("red")
         assert any(text.startswith(start) for text in captions), template
     for template in templates["shapes"]:
-        start = template.format("striped red circle")
+        start = template.format("striped red")
         assert any(text.startswith(start) for text in captions), template
 
 
@@ -261,7 +278,6 @@ def test_zeroshot_labels_are_the_classes():
         assert classes["combination"][record["combination"]] == combination.name
         assert classes["shape"][record["shape"]] == combination.shape
         assert classes["color"][record["color"]] == combination.color
-        assert combination.color in record["txt"]
         assert combination.shape in record["txt"]
     assert (counts == 2).all()
 
