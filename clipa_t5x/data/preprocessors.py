@@ -6,6 +6,7 @@ restart, prepares it.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
@@ -142,7 +143,7 @@ def parse_records(
 def to_features(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
-    output_features: Mapping[str, seqio.Feature],
+    output_features: Mapping[str, seqio.utils.Feature],
     *,
     image_preprocessor: ImagePreprocessor,
 ) -> tf.data.Dataset:
@@ -157,7 +158,7 @@ def to_features(
         images = image_preprocessor(example["encoded_image"], size, example["seed"])
         features = {"images": tf.ensure_shape(images, [size, size, 3])}
         if "text" in output_features:
-            vocabulary = output_features["text"].vocabulary
+            vocabulary: Any = output_features["text"].vocabulary
             text = tokenize(example["caption"], vocabulary, sequence_length["text"])
             features["text"] = tf.ensure_shape(text, [sequence_length["text"]])
         passed = {k: example[k] for k in ("index", "label", "caption") if k in example}

@@ -140,8 +140,8 @@ class RecordIndex:
         """Records at `positions` (int64 [n], each within [0, len)), in that order."""
         shard_ids = np.searchsorted(self.ends, positions, side="right")
         records: list[bytes] = [b""] * len(positions)
-        for shard_id in np.unique(shard_ids).tolist():
-            with ShardReader(self.shards[shard_id]) as reader:
+        for shard_id in np.unique(shard_ids):
+            with ShardReader(self.shards[int(shard_id)]) as reader:
                 for i in np.flatnonzero(shard_ids == shard_id):
                     records[i] = reader.record(int(self.offsets[positions[i]]))
         return records

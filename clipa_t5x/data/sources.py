@@ -142,7 +142,7 @@ class TFRecordSource(seqio.DataSource):
           seed: of the permutation and of the samples' own seeds.
         """
         count = self.num_input_examples(split)
-        epochs, positions = indices // count, indices % count
+        epochs, positions = indices // count, tf.math.floormod(indices, count)
         if shuffle:
             keys = tf.stack([tf.fill(tf.shape(epochs), tf.cast(seed, tf.int64)), epochs,
                              tf.zeros_like(epochs)], axis=1)  # fmt: skip

@@ -38,7 +38,7 @@ def image_text_task(
       label_key: name of the field with the label, an int64; None where there is none.
     """
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
-    features: dict[str, seqio.Feature] = {"images": images}
+    features: dict[str, seqio.utils.Feature] = {"images": images}
     if vocabulary is not None:
         features["text"] = seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32)
     seqio.TaskRegistry.remove(name)

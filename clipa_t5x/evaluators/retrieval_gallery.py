@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ class RetrievalGallery:
         found = names[ranked] == names[:, None]
         if output_dir is not None and jax.process_index() == 0:
             pictures = np.concatenate(images)[:count]
-            self._write(output_dir, names, pictures, similarity, ranked)
+            self._write(output_dir, names.tolist(), pictures, similarity, ranked)
         return {f"recall_at_{k}": float(found[:, :k].any(axis=1).mean()) for k in (1, 5)}
 
     def _all_captions(
@@ -75,7 +75,7 @@ class RetrievalGallery:
     def _write(
         self,
         output_dir: str,
-        names: np.ndarray,
+        names: Sequence[bytes],
         pictures: np.ndarray,
         similarity: np.ndarray,
         ranked: np.ndarray,
