@@ -69,10 +69,8 @@ def loop_segment(step, state, batch, num_steps, writer, info, log_period):
     timer = metrics.StepTimer(0, num_steps, info.batch_size)
     pending = []
     start = time.perf_counter()
-    steps = range(1, num_steps + 1)
-    for n, state, step_metrics in train.training_steps(
-        state, step, SameBatch(batch), clock, steps
-    ):
+    updates = train.training_steps(state, step, SameBatch(batch), clock, range(1, num_steps + 1))
+    for n, state, step_metrics in updates:  # noqa: B007  the last state is returned
         pending.append(step_metrics)
         if n % log_period == 0:
             train.log_step(writer, info, n, metrics.mean(pending), timer, clock)

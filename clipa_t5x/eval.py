@@ -26,10 +26,14 @@ def evaluate(
     """Runs a configuration's evaluators on a checkpoint.
 
     Args:
-      model, optimizer, partitioner, train_dataset_cfg, evaluators: as for `train.train`, whose
-        other arguments are accepted and not used.
+      model: as for `train.train`.
+      optimizer: as for `train.train`.
+      partitioner: as for `train.train`.
+      train_dataset_cfg: as for `train.train`.
+      evaluators: as for `train.train`.
       model_dir: where results are written (`metrics.jsonl`, TensorBoard).
       checkpoint: a MODEL_DIR or one checkpoint's folder; None takes the newest in `model_dir`.
+      **_: the other arguments of `train.train`, which are not used.
 
     Returns:
       Each evaluator's metrics, by its name.

@@ -95,7 +95,7 @@ def run(verb: str, arguments: Sequence[str] | None = None) -> None:
 
 
 def one_line_errors(call: Callable[[], Any]) -> int:
-    """Calls; a `UserError` becomes one line on stderr and status 2, all else keeps its traceback."""
+    """Calls; a `UserError` becomes one line and status 2, anything else keeps its traceback."""
     try:
         call()
     except errors.UserError as error:

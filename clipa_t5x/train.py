@@ -107,8 +107,9 @@ def train(
     timer = metrics.StepTimer(first_step, total_steps, train_dataset_cfg.batch_size)
     pending: list[trainer_lib.Metrics] = []
     steps = range(first_step + 1, total_steps + 1)
+    updates = training_steps(state, train_step, batches, clock, steps)
     try:
-        for step, state, step_metrics in training_steps(state, train_step, batches, clock, steps):
+        for step, state, step_metrics in updates:
             pending.append(step_metrics)
             last = step == total_steps
             if step % stats_period == 0 or last:
@@ -172,7 +173,7 @@ def check_finished(first_step: int, total_steps: int, model_dir: str) -> None:
     if first_step > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{first_step}: TRAIN_STEPS counts all steps of a run; raise it, or use a new MODEL_DIR."
+            f"{first_step}: TRAIN_STEPS counts a run's steps in all. Raise it, or use a new MODEL_DIR."
         )
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
 
@@ -399,9 +400,12 @@ def describe(
     """What `train` would run, on a mesh without devices; allocates no parameters, reads no data.
 
     Args:
-      model, optimizer, partitioner, train_dataset_cfg: as for `train`; its other arguments are
-        accepted and only had to be constructible.
+      model: as for `train`.
+      optimizer: as for `train`.
+      partitioner: as for `train`.
+      train_dataset_cfg: as for `train`.
       mesh_shape: axis sizes; the recipe's intended mesh where None.
+      **_: the other arguments of `train`, which only had to be constructible.
     """
     train_dataset_cfg.check_feature_lengths()
     mesh = partitioner.abstract_mesh(mesh_shape)

@@ -1,10 +1,12 @@
 """What an evaluator is given, and what all of them share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from clipa_t5x.data import input_pipeline
 
@@ -22,6 +24,17 @@ class EmbedFunctions:
     embed_images: Callable[[Any, jax.Array], jax.Array]
     embed_text: Callable[[Any, jax.Array], jax.Array]
     layout: input_pipeline.BatchLayout
+
+
+@functools.cache
+def _replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=replicated)
+
+
+def gather(x: jax.Array, layout: input_pipeline.BatchLayout) -> np.ndarray:
+    """A batch's global array, whole, on every host."""
+    return np.asarray(_replicate(layout.sharding.mesh)(x))
 
 
 class Evaluator(Protocol):

@@ -42,9 +42,13 @@ class RetrievalGallery:
         count = input_pipeline.num_examples(self.dataset_cfg)
         images, captions, image_embeddings, text_embeddings = [], [], [], []
         for host_batch, batch in input_pipeline.eval_batches(self.dataset_cfg, embed.layout):
-            image_embeddings.append(_gather(embed.embed_images(params, batch["images"])))
-            text_embeddings.append(_gather(embed.embed_text(params, batch["text"])))
-            images.append(_gather(batch["images"]))
+            image_embeddings.append(
+                evaluator.gather(embed.embed_images(params, batch["images"]), embed.layout)
+            )
+            text_embeddings.append(
+                evaluator.gather(embed.embed_text(params, batch["text"]), embed.layout)
+            )
+            images.append(evaluator.gather(batch["images"], embed.layout))
             captions.append(self._all_captions(host_batch, embed.layout))
         names = np.concatenate(captions)[:count]
         similarity = np.concatenate(text_embeddings)[:count] @ (
@@ -100,9 +104,3 @@ class RetrievalGallery:
         ]
         path = epath.Path(output_dir) / FILE_NAME
         path.write_text(json.dumps({"items": items}))
-
-
-def _gather(x: jax.Array) -> np.ndarray:
-    """A global array, whole, on every host."""
-    replicated = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
-    return np.asarray(jax.jit(lambda y: y, out_shardings=replicated)(x))

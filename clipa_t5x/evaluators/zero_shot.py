@@ -34,15 +34,12 @@ def embed_prompts(
 ) -> np.ndarray:
     """Embeddings [prompts, joint] of token ids [prompts, length], in padded batches."""
     rows = embed.layout.local_rows(batch_size)
-    replicated = jax.sharding.NamedSharding(
-        embed.layout.sharding.mesh, jax.sharding.PartitionSpec()
-    )
-    gather = jax.jit(lambda x: x, out_shardings=replicated)
     parts = []
     for start in range(0, len(ids), batch_size):
         padded = ids[np.minimum(start + rows, len(ids) - 1)]
         batch = embed.layout.to_global({"text": padded}, batch_size)
-        parts.append(np.asarray(gather(embed.embed_text(params, batch["text"]))))
+        embeddings = embed.embed_text(params, batch["text"])
+        parts.append(evaluator.gather(embeddings, embed.layout))
     return np.concatenate(parts)[: len(ids)]
 
 
@@ -76,7 +73,8 @@ class ZeroShotClassification:
         """{'accuracy': top-1 in [0, 1], 'num_examples': images}; padding never counts.
 
         Raises:
-          UserError: a data file is missing, or a label lies outside the class list.
+          UserError: a data file is missing, the data have no labels, or a label lies outside the
+            class list.
         """
         del output_dir
         texts, num_templates = prompts.prompts(self.class_names_path, self.templates_path)
@@ -89,6 +87,11 @@ class ZeroShotClassification:
         )
         correct, count = [], input_pipeline.num_examples(self.dataset_cfg)
         for host_batch, batch in input_pipeline.eval_batches(self.dataset_cfg, embed.layout):
+            if "label" not in host_batch:
+                raise UserError(
+                    f"the data set {self.dataset_cfg.mixture_or_task_name} has no labels to "
+                    "classify by: give its image_text_task a label_key."
+                )
             if (worst := int(host_batch["label"].max())) >= len(classes):
                 raise UserError(
                     f"the data set {self.dataset_cfg.mixture_or_task_name} has label {worst}, but "
