@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from clipa_t5x import gin_utils, metrics, train, trainer
+from clipa_t5x import gin_utils, metrics, stage_info, train, trainer
 from clipa_t5x.data import input_pipeline
 
 ROOT = "clipa_t5x.train.train"
@@ -45,8 +45,8 @@ def build(batch_size: int):
     rng = np.random.default_rng(0)
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
     host_batch = {k: rng.integers(0, 100, v.shape, v.dtype) for k, v in cfg.batch_spec().items()}
-    info = train.StageInfo.collect(
-        arguments["model"], bound, cfg, arguments["checkpoint_cfg"], 1_000_000
+    info = stage_info.StageInfo.collect(
+        arguments["model"], bound.abstract_state.params, cfg, arguments["checkpoint_cfg"], 1_000_000
     )
     return bound, bound.init_state(0), layout.to_global(host_batch, batch_size), info
 

@@ -6,7 +6,6 @@ the evaluation rather than lose it.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,13 +22,13 @@ from clipa_t5x import (
     models,
     optimizers,
     partitioning,
+    stage_info,
     train_state,
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
-from clipa_t5x.towers import token_reduction
 
 
 def train(
@@ -46,7 +45,7 @@ def train(
     eval_period: int,
     stats_period: int,
     random_seed: int,
-    summarize_config_fn: Callable[[str], None],
+    summarize_config_fn: Callable[..., None],
     trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
 ) -> train_state.TrainState:
     """Trains until `total_steps` updates are done, from the newest checkpoint in `model_dir`.
@@ -64,7 +63,8 @@ def train(
       eval_period: steps between evaluations.
       stats_period: steps between lines of metrics; each is the mean over these steps.
       random_seed: of parameters and of masks.
-      summarize_config_fn: writes the configuration that made these arguments into `model_dir`.
+      summarize_config_fn: called as (model_dir, clu writer, step); writes the configuration that
+        made these arguments into `model_dir`.
       trainer_cls: makes the trainer from model, optimizer, partitioner and batch spec.
 
     Returns:
@@ -83,10 +83,12 @@ def train(
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
     check_vocabulary(model, train_dataset_cfg)
-    summarize_config_fn(model_dir)
-    checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     writer = metrics.MetricsWriter(model_dir)
-    info = StageInfo.collect(model, trainer, train_dataset_cfg, checkpoint_cfg, total_steps)
+    summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
+    checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
+    info = stage_info.StageInfo.collect(
+        model, trainer, train_dataset_cfg, checkpoint_cfg, total_steps
+    )
     write_model_info(model_dir, trainer, partitioner, train_dataset_cfg, info)
 
     state, position = starting_state(trainer, checkpointer, checkpoint_cfg, train_dataset_cfg,
@@ -173,7 +175,7 @@ def check_finished(first_step: int, total_steps: int, model_dir: str) -> None:
     if first_step > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{first_step}: TRAIN_STEPS counts a run's steps in all. Raise it, or use a new MODEL_DIR."
+            f"{first_step}. TRAIN_STEPS counts all steps of a run: raise it, or use a new MODEL_DIR."
         )
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
 
@@ -216,7 +218,7 @@ def starting_state(
 
 def log_step(
     writer: metrics.MetricsWriter,
-    info: "StageInfo",
+    info: stage_info.StageInfo,
     step: int,
     means: Mapping[str, float],
     timer: metrics.StepTimer,
@@ -312,66 +314,12 @@ def eval_loss(
     return {name: value / total for name, value in sums.items()}
 
 
-@dataclasses.dataclass
-class StageInfo:
-    """What a report says about a stage; `stage.json` in MODEL_DIR."""
-
-    name: str
-    model: str
-    num_params: int
-    image_size: int
-    patch_size: int | None
-    num_image_tokens: int | None
-    num_image_tokens_kept: int | None
-    text_length: int
-    batch_size: int
-    total_steps: int
-    devices: str
-    initial_checkpoint: str | None
-
-    @classmethod
-    def collect(
-        cls,
-        model: models.ClipModel,
-        trainer: trainer_lib.Trainer,
-        dataset_cfg: input_pipeline.DatasetConfig,
-        checkpoint_cfg: checkpoints.CheckpointConfig,
-        total_steps: int,
-    ) -> "StageInfo":
-        """Gathers it from the run's parts; towers of other kinds leave out what they lack."""
-        size = dataset_cfg.task_feature_lengths["images"]
-        patch_size = getattr(model.image_tower, "patch_size", None)
-        tokens = (size // patch_size) ** 2 if patch_size else None
-        ratio = getattr(model.image_tower, "mask_ratio", 0.0)
-        device = jax.devices()[0]
-        return cls(
-            name=f"{size} px / {dataset_cfg.task_feature_lengths['text']} tokens",
-            model=type(model.image_tower).__name__,
-            num_params=model_info.num_params(trainer.abstract_state.params),
-            image_size=size,
-            patch_size=patch_size,
-            num_image_tokens=tokens,
-            num_image_tokens_kept=token_reduction.num_kept(tokens, ratio) if tokens else None,
-            text_length=dataset_cfg.task_feature_lengths["text"],
-            batch_size=dataset_cfg.batch_size,
-            total_steps=total_steps,
-            devices=f"{jax.device_count()} x {device.device_kind}",
-            initial_checkpoint=checkpoint_cfg.restore.path,
-        )
-
-    def write(self, model_dir: str, completed: bool) -> None:
-        """Writes `stage.json`; process 0 only."""
-        if jax.process_index() == 0:
-            record = {**dataclasses.asdict(self), "completed": completed}
-            (epath.Path(model_dir) / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
 def write_model_info(
     model_dir: str,
     trainer: trainer_lib.Trainer,
     partitioner: partitioning.PjitPartitioner,
     dataset_cfg: input_pipeline.DatasetConfig,
-    info: StageInfo,
+    info: stage_info.StageInfo,
 ) -> None:
     """Writes `model-info.txt` and `stage.json`; process 0 only."""
     info.write(model_dir, completed=False)

@@ -1,0 +1,66 @@
+"""The facts of a run that its report tells: `stage.json` in MODEL_DIR."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from clipa_t5x import checkpoints, model_info, models
+from clipa_t5x.data import input_pipeline
+from clipa_t5x.towers import token_reduction
+
+
+@dataclasses.dataclass
+class StageInfo:
+    """What a report says about a stage; `stage.json` in MODEL_DIR."""
+
+    name: str
+    model: str
+    num_params: int
+    image_size: int
+    patch_size: int | None
+    num_image_tokens: int | None
+    num_image_tokens_kept: int | None
+    text_length: int
+    batch_size: int
+    total_steps: int
+    devices: str
+    initial_checkpoint: str | None
+
+    @classmethod
+    def collect(
+        cls,
+        model: models.ClipModel,
+        abstract_params: Any,
+        dataset_cfg: input_pipeline.DatasetConfig,
+        checkpoint_cfg: checkpoints.CheckpointConfig,
+        total_steps: int,
+    ) -> "StageInfo":
+        """Gathers them from the run's parts; towers of other kinds leave out what they lack."""
+        size = dataset_cfg.task_feature_lengths["images"]
+        patch_size = getattr(model.image_tower, "patch_size", None)
+        tokens = (size // patch_size) ** 2 if patch_size else None
+        ratio = getattr(model.image_tower, "mask_ratio", 0.0)
+        device = jax.devices()[0]
+        return cls(
+            name=f"{size} px / {dataset_cfg.task_feature_lengths['text']} tokens",
+            model=type(model.image_tower).__name__,
+            num_params=model_info.num_params(abstract_params),
+            image_size=size,
+            patch_size=patch_size,
+            num_image_tokens=tokens,
+            num_image_tokens_kept=token_reduction.num_kept(tokens, ratio) if tokens else None,
+            text_length=dataset_cfg.task_feature_lengths["text"],
+            batch_size=dataset_cfg.batch_size,
+            total_steps=total_steps,
+            devices=f"{jax.device_count()} x {device.device_kind}",
+            initial_checkpoint=checkpoint_cfg.restore.path,
+        )
+
+    def write(self, model_dir: str, completed: bool) -> None:
+        """Writes `stage.json`; process 0 only."""
+        if jax.process_index() == 0:
+            record = {**dataclasses.asdict(self), "completed": completed}
+            (epath.Path(model_dir) / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
