@@ -35,9 +35,9 @@ SPLITS = ("train", "validation", "zeroshot")
 
 # Radii as fractions of the image's side, by size: of an object alone and of one in company.
 _RADII_ALONE: dict[str, Range] = {
-    "small": (0.165, 0.195),
-    "medium": (0.25, 0.31),
-    "large": (0.37, 0.43),
+    "small": (0.24, 0.27),
+    "medium": (0.32, 0.36),
+    "large": (0.41, 0.45),
 }
 _RADII_IN_COMPANY: dict[str, Range] = {
     "small": (0.135, 0.15),
@@ -137,13 +137,14 @@ class Scene:
 def held_out_combinations() -> tuple[Combination, ...]:
     """Returns the combinations that never occur in training: 32 of 192, each colour in four.
 
-    Given two attributes, at least half of the values of the third are left to training, since
-    each colour and pattern lose exactly one shape, which is another one for every pattern.
+    A colour's four are two shapes in two patterns, so that none of the three attributes can be
+    guessed from the other two. Every pair of attributes is left to training.
     """
     return tuple(
-        Combination(color, SHAPES[(c + p) % len(SHAPES)], pattern)
+        Combination(color, SHAPES[(c + 3 * s) % len(SHAPES)], PATTERNS[(c + p) % len(PATTERNS)])
         for c, color in enumerate(COLORS)
-        for p, pattern in enumerate(PATTERNS)
+        for s in range(2)
+        for p in range(2)
     )
 
 
@@ -369,7 +370,7 @@ def render(scene: Scene, rng: np.random.Generator, image_size: int) -> np.ndarra
 
 def _jitter(rng: np.random.Generator, low: float, high: float, radius: float) -> float:
     room = max((high - low) / 2 - radius, 0)
-    return (low + high) / 2 + 0.9 * room * rng.uniform(-1, 1)
+    return (low + high) / 2 + 0.5 * room * rng.uniform(-1, 1)
 
 
 def _layout(scene: Scene, rng: np.random.Generator) -> list[list[Cell]]:
