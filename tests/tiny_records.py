@@ -1,0 +1,64 @@
+"""Image-caption shards of a few small pictures, and tasks over them."""
+
+import numpy as np
+
+from clipa_t5x.data import input_pipeline, preprocessors, record_writer, tasks, vocabularies
+
+WORDS = ("red", "green", "blue", "cat", "dog", "big", "small", "a", "##s", ",", "of", "photo")
+LENGTHS = {"images": 16, "text": 8}
+
+
+def picture(i: int, height: int = 24, width: int = 32) -> np.ndarray:
+    """A smooth picture, uint8 [height, width, 3], whose mean tells it from those of other i."""
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([10 * i + x, 255 - 10 * i - x, 4 * y], axis=-1)
+    return np.clip(base, 0, 255).astype(np.uint8)
+
+
+def caption(i: int) -> str:
+    """A caption of words in WORDS."""
+    return f"photo of a {WORDS[i % 3]} {WORDS[3 + i % 2]}s"
+
+
+def records(count: int, **features) -> list[bytes]:
+    """Serialised examples; label i % 5."""
+    return [
+        record_writer.serialize(
+            {
+                **record_writer.image_features(
+                    f"{i:05d}", picture(i), caption(i), {"label": i % 5}
+                ),
+                **features,
+            }
+        )
+        for i in range(count)
+    ]
+
+
+def write(directory, count: int = 13, num_shards: int = 3, split: str = "train") -> str:
+    """Writes `records(count)` as a split under `directory`; returns `directory`."""
+    record_writer.write_shards(directory / split, records(count), num_shards)
+    return str(directory)
+
+
+def vocabulary(directory) -> vocabularies.BertVocabulary:
+    """A WordPiece vocabulary of 15 pieces."""
+    path = directory / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", *WORDS]) + "\n")
+    return vocabularies.BertVocabulary(str(path))
+
+
+def task(name: str, directory, image_preprocessor=preprocessors.inception_crop, **kwargs) -> str:
+    """Registers a task over the shards in `directory`."""
+    kwargs = {"label_key": "label", **kwargs}
+    if "vocabulary" not in kwargs:
+        kwargs["vocabulary"] = vocabulary(directory)
+    return tasks.image_text_task(
+        name, str(directory), image_preprocessor=image_preprocessor, **kwargs
+    )
+
+
+def config(name: str, batch_size: int = 8, **kwargs) -> input_pipeline.DatasetConfig:
+    """A dataset of that task's training split."""
+    kwargs = {"task_feature_lengths": LENGTHS, "split": "train", **kwargs}
+    return input_pipeline.DatasetConfig(name, batch_size=batch_size, **kwargs)
