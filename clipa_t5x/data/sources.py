@@ -31,6 +31,23 @@ class PositionalSource(Protocol):
         ...
 
 
+def _mix(x: tf.Tensor) -> tf.Tensor:
+    """SplitMix64's finaliser (Steele et al., 2014): every bit of uint64 depends on every other."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        shifted = tf.bitwise.right_shift(x, tf.constant(shift, tf.uint64))
+        x = tf.bitwise.bitwise_xor(x, shifted) * tf.constant(factor, tf.uint64)
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(31, tf.uint64)))
+
+
+def _epoch_keys(seed: int, epochs: tf.Tensor) -> tf.Tensor:
+    """Keys of the permutations, int64 [n, 3], that look unrelated for neighbouring epochs."""
+    step = tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+    key = _mix(tf.bitcast(tf.cast(seed, tf.int64), tf.uint64) + step)
+    key = _mix(key + tf.bitcast(epochs, tf.uint64) * step)
+    keys = [_mix(key + tf.constant(word, tf.uint64)) for word in range(3)]
+    return tf.bitcast(tf.stack(keys, axis=1), tf.int64)
+
+
 class TFRecordSource(seqio.DataSource):
     """TFRecord shards as img2dataset writes them, one glob pattern a split.
 
@@ -55,7 +72,9 @@ class TFRecordSource(seqio.DataSource):
         self._data_dir = data_dir
         self._patterns = dict(splits or SPLIT_FOLDERS)
         self._index_dir = index_dir or os.path.join(data_dir, ".record_index")
-        super().__init__(splits=tuple(self._patterns), caching_permitted=False)
+        super().__init__(
+            splits=tuple(self._patterns), caching_permitted=False, performs_internal_shuffling=True
+        )
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -144,11 +163,10 @@ class TFRecordSource(seqio.DataSource):
         count = self.num_input_examples(split)
         epochs, positions = indices // count, tf.math.floormod(indices, count)
         if shuffle:
-            keys = tf.stack([tf.fill(tf.shape(epochs), tf.cast(seed, tf.int64)), epochs,
-                             tf.zeros_like(epochs)], axis=1)  # fmt: skip
             last = tf.fill(tf.shape(epochs), tf.constant(count - 1, tf.int64))
+            # With fewer rounds, or keys that differ in few bits, neighbours stay near each other.
             positions = tf.raw_ops.RandomIndexShuffle(
-                index=positions, seed=keys, max_index=last, rounds=4
+                index=positions, seed=_epoch_keys(seed, epochs), max_index=last, rounds=8
             )
         seeds = tf.stack([tf.fill(tf.shape(indices), tf.cast(seed, tf.int64)), indices], axis=1)
         return {"record": self.read(split, positions), "index": indices, "seed": seeds}

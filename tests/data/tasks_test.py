@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import tiny_records
+
+from clipa_t5x.data import feature_converters, preprocessors, tasks
+from clipa_t5x.errors import UserError
+
+COUNT = 13
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny_records.write(root, COUNT)
+    return root
+
+
+def seqio_examples(name, **kwargs):
+    ds = seqio.get_mixture_or_task(name).get_dataset(
+        tiny_records.LENGTHS, "train", shuffle=False, **kwargs
+    )
+    return list(ds.as_numpy_iterator())
+
+
+def own_examples(name, count=COUNT):
+    """The built-in engine's path."""
+    ds = tasks.get_source(name).examples_at(
+        "train", tf.range(count, dtype=tf.int64), shuffle=False, seed=0
+    )
+    ds = tf.data.Dataset.from_tensor_slices(ds)
+    ds = tasks.get_task(name).preprocess_postcache(ds, tiny_records.LENGTHS)
+    return list(feature_converters.convert(ds, tiny_records.LENGTHS)[0].as_numpy_iterator())
+
+
+def test_seqio_sees_the_same_examples(directory):
+    name = tiny_records.task("tasks_test", directory)
+    examples, expected = seqio_examples(name), own_examples(name)
+    assert len(examples) == len(expected) == COUNT
+    for example, wanted in zip(examples, expected, strict=True):
+        assert example.keys() == wanted.keys() == {"images", "text", "index", "label", "caption"}
+        for key in wanted:
+            np.testing.assert_array_equal(example[key], wanted[key])
+
+
+def test_examples_hold_what_was_written(directory):
+    name = tiny_records.task("tasks_test", directory, preprocessors.squash)
+    examples = own_examples(name)
+    # Shards are dealt in turn: the first holds records 0, 3, 6, ...
+    assert [int(e["label"]) for e in examples[:5]] == [0, 3, 1, 4, 2]
+    vocabulary = tiny_records.vocabulary(directory)
+    for example, i in zip(examples, [0, 3, 6, 9, 12, 1, 4], strict=False):
+        assert example["caption"].decode() == tiny_records.caption(i)
+        assert example["text"][0] == vocabulary.cls_id
+        assert vocabulary.decode(example["text"]) == tiny_records.caption(i)
+        difference = example["images"].mean(axis=(0, 1)) - tiny_records.picture(i).mean(axis=(0, 1))
+        assert np.abs(difference).max() < 3
+
+
+@pytest.mark.parametrize("num_shards", [2, 3])
+def test_seqio_shards_the_task(directory, num_shards):
+    name = tiny_records.task("tasks_test", directory)
+    parts = [
+        seqio_examples(name, shard_info=seqio.ShardInfo(i, num_shards)) for i in range(num_shards)
+    ]
+    indices = sorted(int(e["index"]) for part in parts for e in part)
+    assert indices == list(range(COUNT))
+
+
+def test_seqio_repeats_the_task(directory):
+    name = tiny_records.task("tasks_test", directory)
+    assert len(seqio_examples(name, num_epochs=2)) == 2 * COUNT
+
+
+def test_seqio_may_shuffle(directory):
+    """Its default: the source permutes by itself, so SeqIO must not ask for a buffer."""
+    name = tiny_records.task("tasks_test", directory)
+    task = seqio.get_mixture_or_task(name)
+    examples = [
+        list(task.get_dataset(tiny_records.LENGTHS, "train", seed=seed).as_numpy_iterator())
+        for seed in (1, 1, 2)
+    ]
+    captions = [[e["caption"] for e in part] for part in examples]
+    assert captions[0] == captions[1] != captions[2]
+    assert sorted(captions[0]) == sorted(captions[2])
+
+
+def test_seqio_needs_no_cache(directory):
+    assert not tasks.get_task(tiny_records.task("tasks_test", directory)).requires_caching
+
+
+def test_a_task_without_captions(directory):
+    name = tiny_records.task("tasks_test", directory, vocabulary=None)
+    assert set(own_examples(name)[0]) == {"images", "index", "label"}
+    assert set(tasks.get_task(name).output_features) == {"images"}
+
+
+def test_a_task_without_labels(directory):
+    name = tiny_records.task("tasks_test", directory, label_key=None)
+    assert set(own_examples(name)[0]) == {"images", "text", "index", "caption"}
+
+
+def test_a_second_call_replaces_the_task(directory):
+    tiny_records.task("tasks_test", directory, preprocessors.squash)
+    name = tiny_records.task("tasks_test", directory, vocabulary=None)
+    assert "text" not in tasks.get_task(name).output_features
+
+
+def test_registering_reads_no_file(tmp_path):
+    tiny_records.task("absent", tmp_path / "nowhere", vocabulary=None)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        tasks.get_source("absent").num_input_examples("train")
+
+
+def test_an_unknown_name_lists_the_known(directory):
+    tiny_records.task("tasks_test", directory)
+    with pytest.raises(UserError) as caught:
+        tasks.get_task("task_test")
+    message = str(caught.value)
+    assert "MIXTURE_OR_TASK_NAME is 'task_test'" in message
+    assert "tasks_test" in message
+    assert "\n" not in message
+
+
+def test_what_cannot_resume_is_refused(directory):
+    name = tiny_records.task("tasks_test", directory)
+    seqio.MixtureRegistry.remove("both")
+    seqio.MixtureRegistry.add("both", [name], default_rate=1.0)
+    seqio.TaskRegistry.remove("stream")
+    seqio.TaskRegistry.add(
+        "stream",
+        source=seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"]),
+        output_features={},
+    )
+    for other in ("both", "stream"):
+        with pytest.raises(UserError, match=f"'{other}' cannot be read at any position"):
+            tasks.get_task(other)
