@@ -87,7 +87,7 @@ def train(
     summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     info = stage_info.StageInfo.collect(
-        model, trainer, train_dataset_cfg, checkpoint_cfg, total_steps
+        model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
     write_model_info(model_dir, trainer, partitioner, train_dataset_cfg, info)
 
@@ -175,7 +175,7 @@ def check_finished(first_step: int, total_steps: int, model_dir: str) -> None:
     if first_step > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{first_step}. TRAIN_STEPS counts all steps of a run: raise it, or use a new MODEL_DIR."
+            f"{first_step}. TRAIN_STEPS counts a run's steps in all: raise it, or use a new MODEL_DIR."
         )
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
 
