@@ -175,7 +175,7 @@ def check_finished(first_step: int, total_steps: int, model_dir: str) -> None:
     if first_step > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{first_step}. TRAIN_STEPS counts a run's steps in all: raise it, or use a new MODEL_DIR."
+            f"{first_step}. TRAIN_STEPS counts all of a run's steps: raise it, or change MODEL_DIR."
         )
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
 
