@@ -2,7 +2,9 @@
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
@@ -31,19 +33,29 @@ class BertVocabulary(seqio.Vocabulary):
         Raises:
           UserError: the file is missing, or is not a WordPiece vocabulary.
         """
-        if not tf.io.gfile.exists(self.path):
+        if not tf.io.gfile.exists(self.path) or tf.io.gfile.isdir(self.path):
             raise UserError(
                 f"vocabulary file {self.path} does not exist: set VOCABULARY_PATH to a WordPiece "
                 "vocabulary, one piece a line (for the paper's recipes bert-base-uncased's "
                 "vocab.txt; the embedded data sets are built with one of their own)."
             )
-        with tf.io.gfile.GFile(self.path) as f:
-            pieces = f.read().splitlines()
-        missing = [token for token in SPECIAL_TOKENS if token not in pieces]
-        if missing or pieces[0] != SPECIAL_TOKENS[0]:
+        with tf.io.gfile.GFile(self.path, "rb") as f:
+            text = f.read().decode("utf-8", "replace")
+        # Lines as TensorFlow counts them: a piece may hold what Unicode calls a line separator.
+        pieces = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        missing = [token for token in SPECIAL_TOKENS if token not in ids]
+        if missing or ids[SPECIAL_TOKENS[0]] != 0:
             raise UserError(
                 f"{self.path} is not a WordPiece vocabulary: its first line must be [PAD] and it "
                 f"must hold [UNK] and [CLS] (missing: {missing or 'none'}). Set VOCABULARY_PATH."
+            )
+        if "" in ids or len(ids) < len(pieces):
+            line = next(i for i, piece in enumerate(pieces) if not piece or ids[piece] != i)
+            raise UserError(
+                f"{self.path} is not a WordPiece vocabulary: line {line + 1} is "
+                f"{'empty' if not pieces[line] else f'{pieces[line]!r}, which occurs again'}. Ids "
+                "are line numbers, so every line must hold a piece of its own. Set VOCABULARY_PATH."
             )
         return pieces
 
@@ -55,7 +67,7 @@ class BertVocabulary(seqio.Vocabulary):
     def _tokenizer(self) -> tf_text.BertTokenizer:
         _ = self.pieces  # a missing file is the user's error, not a table's
         with tf.init_scope():
-            return tf_text.BertTokenizer(self.path, lower_case=True, token_out_type=tf.int32)
+            return tf_text.BertTokenizer(self.path, lower_case=True, token_out_type=tf.dtypes.int32)
 
     @property
     def bos_id(self) -> int:
@@ -88,14 +100,22 @@ class BertVocabulary(seqio.Vocabulary):
         words = [self.pieces[i] for i in ids if i not in (self.pad_id, self.cls_id)]
         return " ".join(words).replace(" ##", "")
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def _encode_tf(self, s: tf.Tensor) -> Any:
         """Ids (int32 [pieces]) of a scalar string; of [n] strings, a ragged [n, pieces]."""
         scalar = s.shape.rank == 0
         pieces = self._tokenizer.tokenize(tf.reshape(s, [-1])).merge_dims(1, 2)
         return pieces[0] if scalar else pieces
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        return tf.numpy_function(lambda x: self._decode(x.tolist()), [ids], tf.string)
+        """Texts (string [...]) of ids (int32 [..., length])."""
+
+        def decode(ids: np.ndarray) -> np.ndarray:
+            rows = ids.reshape(int(np.prod(ids.shape[:-1])), ids.shape[-1]).tolist()
+            return np.array([self._decode(row) for row in rows], object).reshape(ids.shape[:-1])
+
+        texts = tf.numpy_function(decode, [ids], tf.string)
+        texts.set_shape(ids.shape[:-1])
+        return texts
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BertVocabulary) and other.path == self.path
