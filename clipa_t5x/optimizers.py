@@ -91,8 +91,8 @@ def adamw(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.dtype(mu_dtype)),
         optax.add_decayed_weights(weight_decay, mask=by_name(decayed)),
         optax.scale_by_learning_rate(learning_rate),
-        *freeze,
         *limit,
+        *freeze,
     )
     return Optimizer(chain, learning_rate)
 
