@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,21 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """Returns a function that makes parameters without compiling an initialiser.
+
+    Biases, norms, tokens and tables are off their zeros and ones, too.
+    """
+
+    def make(module, *inputs, seed=0):
+        shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs))["params"]
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
+
+    return make
 
 
 @pytest.fixture(scope="session")

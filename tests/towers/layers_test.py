@@ -24,17 +24,21 @@ def _inputs(batch=2, seed=0):
 
 
 @pytest.fixture(scope="module")
-def params():
-    """Parameters of a scanned encoder; biases and norms are moved off zeros and ones."""
-    params = nn.unbox(jax.jit(_encoder().init)(jax.random.key(1), _inputs()))["params"]
-    rng = np.random.default_rng(2)
-    return jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+def params(random_params):
+    """Parameters of a scanned encoder."""
+    return random_params(_encoder(), _inputs())
 
 
-def _unstack(params):
-    return {
-        f"layers_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(DEPTH)
-    }
+def _loss(**kwargs):
+    """A function of parameters whose gradient reaches each of them."""
+    encoder = _encoder(**kwargs)
+    return lambda params: jnp.mean(encoder.apply({"params": params}, _inputs()) ** 2)
+
+
+def _assert_close(tree, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), tree, expected
+    )
 
 
 def test_choose_lists_what_there_is():
@@ -155,22 +159,17 @@ def test_unknown_options_are_refused_with_a_list(setting, message):
 
 
 def test_scanned_layers_equal_unrolled_ones(params):
-    def loss(params, scan_layers):
-        outputs = _encoder(scan_layers=scan_layers).apply({"params": params}, _inputs())
-        return jnp.sum(outputs**2), outputs
-
-    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnames="scan_layers")
-    unrolled = _unstack(params)
+    unrolled = {
+        f"layers_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(DEPTH)
+    }
     restacked = layers.stack_layers(unrolled, DEPTH)
     jax.tree.map(np.testing.assert_array_equal, restacked, params)
-    scanned_grads, scanned = grad(restacked, scan_layers=True)
-    unrolled_grads, outputs = grad(unrolled, scan_layers=False)
-    np.testing.assert_allclose(outputs, scanned, rtol=1e-5, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        layers.stack_layers(unrolled_grads, DEPTH),
-        scanned_grads,
-    )
+    loss, grads = jax.jit(jax.value_and_grad(_loss(scan_layers=True)))(restacked)
+    other, other_grads = jax.jit(
+        jax.value_and_grad(_loss(scan_layers=False, remat_policy="save_qkv"))
+    )(unrolled)
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    _assert_close(layers.stack_layers(other_grads, DEPTH), grads)
 
 
 def test_every_layer_begins_with_weights_of_its_own():
@@ -180,27 +179,17 @@ def test_every_layer_begins_with_weights_of_its_own():
     assert not np.allclose(fc1[0], fc1[1]) and not np.allclose(fc1[1], fc1[2])
 
 
-def _loss(policy, scan_layers):
-    encoder = _encoder(remat_policy=policy, scan_layers=scan_layers)
-    return lambda params: jnp.mean(encoder.apply({"params": params}, _inputs()) ** 2)
-
-
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_remat_changes_neither_loss_nor_gradients(params, scan_layers):
-    weights = params if scan_layers else _unstack(params)
-    policies = [*layers.REMAT_POLICIES] if scan_layers else ["full"]
-    loss, grads = jax.jit(jax.value_and_grad(_loss("none", scan_layers)))(weights)
-    for policy in policies:
-        other, other_grads = jax.jit(jax.value_and_grad(_loss(policy, scan_layers)))(weights)
+def test_remat_changes_neither_loss_nor_gradients(params):
+    loss, grads = jax.jit(jax.value_and_grad(_loss(remat_policy="none")))(params)
+    for policy in layers.REMAT_POLICIES:
+        other, other_grads = jax.jit(jax.value_and_grad(_loss(remat_policy=policy)))(params)
         np.testing.assert_allclose(other, loss, rtol=1e-6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), other_grads, grads
-        )
+        _assert_close(other_grads, grads)
 
 
 def test_remat_policies_keep_what_they_say(params):
     def kept(policy):
-        residuals = jax.eval_shape(lambda p: jax.vjp(_loss(policy, True), p)[1], params)
+        residuals = jax.eval_shape(lambda p: jax.vjp(_loss(remat_policy=policy), p)[1], params)
         return sum(math.prod(x.shape) for x in jax.tree.leaves(residuals))
 
     # An activation that is kept stands in for the bias that recomputing it would take.
