@@ -1,0 +1,218 @@
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny_records
+from PIL import Image
+
+from clipa_t5x.data import preprocessors, record_writer
+
+
+def png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return tf.constant(buffer.getvalue())
+
+
+def seed(*values):
+    return tf.constant(values or (0, 0), tf.int64)
+
+
+def ramp(height, width):
+    """A picture that tells its pixels' places: red is x, green is y, on the scale 0-255."""
+    x = np.broadcast_to(np.linspace(0, 255, width), (height, width))
+    y = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+    return np.stack([x, y, np.full_like(x, 128)], axis=-1).astype(np.uint8)
+
+
+SHAPES = [(20, 80), (80, 20), (1, 50), (50, 1), (1, 1), (16, 16), (37, 41), (300, 400)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [16, 21])
+def test_every_preprocessor_gives_a_square(shape, size):
+    for preprocess in (
+        preprocessors.squash,
+        preprocessors.center_crop,
+        preprocessors.inception_crop,
+    ):
+        image = preprocess(png(ramp(*shape)), size, seed()).numpy()
+        assert (image.shape, image.dtype) == ((size, size, 3), np.uint8)
+        assert set(np.unique(image[..., 2])) <= {127, 128}  # truncated
+
+
+def test_nothing_happens_to_an_image_of_the_right_size():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    for preprocess in (preprocessors.squash, preprocessors.center_crop):
+        np.testing.assert_array_equal(preprocess(png(image), 16, seed()), image)
+
+
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (64, 64)])
+def test_squash_takes_the_whole_image(shape):
+    image = preprocessors.squash(png(ramp(*shape)), 16, seed()).numpy().astype(float)
+    centres = (np.arange(16) + 0.5) / 16 * 255
+    assert np.abs(image[8, :, 0] - centres).max() < 4
+    assert np.abs(image[:, 8, 1] - centres).max() < 4
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+def test_center_crop_takes_the_middle_third(shape):
+    image = preprocessors.center_crop(png(ramp(*shape)), 16, seed()).numpy().astype(float)
+    long, short = (0, 1) if shape[1] > shape[0] else (1, 0)
+    image = image if long == 0 else image.transpose(1, 0, 2)
+    assert np.abs(image[8, :, long] - (np.arange(16) + 16.5) / 48 * 255).max() < 4
+    assert np.abs(image[:, 8, short] - (np.arange(16) + 0.5) / 16 * 255).max() < 9
+
+
+def test_resize_is_pillows_up_to_truncation():
+    """Antialiased, half-pixel centres; Pillow rounds to the nearest where CLIPA truncates."""
+    image = np.random.default_rng(0).integers(0, 256, (60, 44, 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))
+    difference = expected.astype(int) - preprocessors.resize(image, 16, 16).numpy()
+    assert difference.min() >= -1
+    assert difference.max() <= 1
+    assert 0.3 < difference.mean() < 0.7
+
+
+def crop_box(image):
+    """(width, height) of a crop of `ramp`, as shares of the whole, from its inner pixels."""
+    inner = image.astype(float)
+    n = inner.shape[0]
+    width = (inner[:, -2, 0].mean() - inner[:, 1, 0].mean()) / 255 * n / (n - 3)
+    height = (inner[-2, :, 1].mean() - inner[1, :, 1].mean()) / 255 * n / (n - 3)
+    return width, height
+
+
+@pytest.mark.parametrize("bounds", [(0.4, 1.0), (0.08, 0.3), (0.9, 1.0)])
+def test_inception_crop_keeps_to_its_bounds(bounds):
+    low, high = bounds
+    encoded = png(ramp(200, 240))
+
+    def crop(i):
+        return preprocessors.inception_crop(
+            encoded, 32, tf.stack([tf.constant(0, tf.int64), i]), min_area=low, max_area=high
+        )
+
+    crops = tf.map_fn(crop, tf.range(200, dtype=tf.int64), tf.uint8).numpy()
+    boxes = np.array([crop_box(image) for image in crops])
+    areas, aspects = boxes.prod(axis=1), boxes[:, 0] * 240 / (boxes[:, 1] * 200)
+    assert areas.min() > low - 0.03
+    assert areas.max() < high + 0.03
+    assert np.ptp(areas) > 0.7 * (high - low)
+    assert aspects.min() > 3 / 4 - 0.05
+    assert aspects.max() < 4 / 3 + 0.05
+    assert np.ptp(aspects) > (0.1 if low == 0.9 else 0.4)
+
+
+def test_inception_crop_is_a_function_of_the_seed():
+    encoded = png(ramp(64, 64))
+    crops = {
+        s: preprocessors.inception_crop(encoded, 16, seed(*s)).numpy()
+        for s in [(0, 0), (0, 1), (1, 0), (0, 2**40), (7, 123)]
+    }
+    for s, crop in crops.items():
+        again = preprocessors.inception_crop(encoded, 16, seed(*s)).numpy()
+        np.testing.assert_array_equal(again, crop)
+    assert len({crop.tobytes() for crop in crops.values()}) == len(crops)
+
+
+def test_the_same_crop_inside_a_dataset():
+    encoded = png(ramp(64, 64))
+    seeds = [(0, i) for i in range(8)]
+    ds = tf.data.Dataset.from_tensor_slices(tf.constant(seeds, tf.int64))
+    ds = ds.map(lambda s: preprocessors.inception_crop(encoded, 16, s), num_parallel_calls=4)
+    for s, crop in zip(seeds, ds.as_numpy_iterator(), strict=True):
+        expected = preprocessors.inception_crop(encoded, 16, seed(*s))
+        np.testing.assert_array_equal(crop, expected)
+
+
+def encode(image, form):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format=form)
+    return tf.constant(buffer.getvalue())
+
+
+@pytest.mark.parametrize("form, tolerance", [("PNG", 0), ("BMP", 0), ("JPEG", 20)])
+def test_formats(form, tolerance):
+    image = ramp(40, 30)
+    decoded = preprocessors.decode(encode(image, form)).numpy().astype(int)
+    assert np.abs(decoded - image).max() <= tolerance
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF"])
+def test_grey_images_become_coloured(form):
+    grey = np.full((20, 30), 77, np.uint8)
+    decoded = preprocessors.decode(encode(grey, form)).numpy()
+    assert decoded.shape == (20, 30, 3)
+    np.testing.assert_array_equal(decoded, 77)
+
+
+def test_transparency_is_dropped():
+    image = np.dstack([ramp(10, 12), np.full((10, 12), 9, np.uint8)])
+    np.testing.assert_array_equal(preprocessors.decode(png(image)), image[..., :3])
+
+
+def test_encode_png_keeps_every_pixel():
+    image = tiny_records.picture(3)
+    decoded = np.asarray(Image.open(io.BytesIO(preprocessors.encode_png(image))))
+    np.testing.assert_array_equal(decoded, image)
+
+
+def parse(record, **keys):
+    example = {"record": record, "index": tf.constant(5, tf.int64), "seed": seed(1, 2)}
+    keys = {"image_key": "jpg", "caption_key": "txt", "label_key": None, **keys}
+    return preprocessors.parse_record(example, **keys)
+
+
+def test_parse_record_takes_what_was_written():
+    record = record_writer.serialize({"jpg": b"bytes", "txt": "été", "label": 3, "width": 8})
+    parsed = parse(record, label_key="label")
+    assert parsed.keys() == {"encoded_image", "caption", "label", "index", "seed"}
+    assert parsed["encoded_image"] == b"bytes"
+    assert parsed["caption"].numpy().decode() == "été"
+    assert (parsed["label"].dtype, int(parsed["label"])) == (tf.int32, 3)
+    assert int(parsed["index"]) == 5
+    assert parsed["seed"].numpy().tolist() == [1, 2]
+
+
+def test_parse_record_of_other_fields():
+    record = record_writer.serialize({"image": b"bytes", "caption": "a"})
+    parsed = parse(record, image_key="image", caption_key="caption")
+    assert (parsed["encoded_image"].numpy(), parsed["caption"].numpy()) == (b"bytes", b"a")
+    assert "caption" not in parse(record, image_key="image", caption_key=None)
+
+
+def test_a_missing_caption_is_empty():
+    assert parse(record_writer.serialize({"jpg": b"x"}))["caption"] == b""
+
+
+@pytest.mark.parametrize("features, keys, name", [
+    ({"txt": "a"}, {}, "jpg"),
+    ({"jpg": b"x"}, {"label_key": "label"}, "label"),
+])  # fmt: skip
+def test_a_missing_image_or_label_is_an_error(features, keys, name):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=name):
+        parse(record_writer.serialize(features), **keys)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return tiny_records.vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+TEXTS = ["", "a red cat", "a " * 50, "photo of a small blue dogs", "unheard of", "a, b"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 40])
+def test_a_batch_is_tokenized_as_one_by_one(vocabulary, length):
+    batch = preprocessors.tokenize(tf.constant(TEXTS), vocabulary, length).numpy()
+    assert (batch.shape, batch.dtype) == ((len(TEXTS), length), np.int32)
+    for text, row in zip(TEXTS, batch, strict=True):
+        one = preprocessors.tokenize(tf.constant(text), vocabulary, length).numpy()
+        np.testing.assert_array_equal(row, one)
+        pieces = vocabulary.encode(text)[: length - 1]
+        expected = [vocabulary.cls_id, *pieces] + [0] * (length - 1 - len(pieces))
+        assert row.tolist() == expected
+    square = preprocessors.tokenize(tf.reshape(tf.constant(TEXTS), [2, 3]), vocabulary, length)
+    np.testing.assert_array_equal(square.numpy().reshape(-1, length), batch)
