@@ -1,6 +1,7 @@
 """The seam between tasks and the model: exact features, dtypes, ranks and lengths, or an error."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -22,14 +23,20 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
 
     TASK_FEATURES: Mapping[str, FeatureSpec] = {"images": IMAGES, "text": TEXT}
     MODEL_FEATURES: Mapping[str, FeatureSpec] = {"images": IMAGES, "text": TEXT}
-    PACKING_FEATURE_DTYPES = None
+    PACKING_FEATURE_DTYPES: Any = None  # SeqIO then refuses to pack
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-        del task_feature_lengths
+        size = task_feature_lengths["images"]
         wanted = (*self.MODEL_FEATURES, *self._passthrough_features)
-        return ds.map(lambda example: {key: example[key] for key in wanted})
+
+        def convert(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            # SeqIO looks at one dimension of a feature; an image has three.
+            images = tf.ensure_shape(example["images"], [size, size, 3])
+            return {**{key: example[key] for key in wanted}, "images": images}
+
+        return ds.map(convert)
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]
@@ -49,8 +56,9 @@ def convert(
     ds: tf.data.Dataset, feature_lengths: Mapping[str, int]
 ) -> tuple[tf.data.Dataset, type[seqio.FeatureConverter]]:
     """Validates and converts a task's dataset; what is known to evaluators passes through."""
-    passthrough = {key: spec for key, spec in PASSTHROUGH.items() if key in ds.element_spec}
-    has_text = "text" in ds.element_spec
+    present: Any = ds.element_spec
+    passthrough = {key: spec for key, spec in PASSTHROUGH.items() if key in present}
+    has_text = "text" in present
     converter_cls = ImageTextFeatureConverter if has_text else ImageFeatureConverter
     lengths = {key: feature_lengths[key] for key in converter_cls.TASK_FEATURES}
     converter = converter_cls(pack=False, passthrough_features=passthrough)
