@@ -103,7 +103,7 @@ class PjitPartitioner:
         """
         devices = jax.devices() if self.devices is None else self.devices
         fixed = self.num_partitions * self.num_replicas
-        if len(devices) % fixed:
+        if min(self.num_partitions, self.num_replicas) < 1 or len(devices) % fixed:
             raise UserError(
                 f"PjitPartitioner.num_partitions {self.num_partitions} x num_replicas "
                 f"{self.num_replicas} does not divide the {len(devices)} devices present: choose "
@@ -221,8 +221,12 @@ def parse_mesh(text: str) -> dict[str, int]:
     """
     try:
         pairs = [item.split("=") for item in text.split(",")]
-        return {axis.strip(): int(size) for axis, size in pairs}
+        mesh = {axis.strip(): int(size) for axis, size in pairs}
+        if len(mesh) < len(pairs) or min(mesh.values()) < 1:
+            raise ValueError(text)
     except ValueError as error:
         raise UserError(
-            f"--mesh is {text!r}; write it as axis=size pairs, for example replica=4,data=64."
+            f"--mesh is {text!r}; write it as axis=size pairs, each axis once and each size at "
+            "least 1, for example replica=4,data=64."
         ) from error
+    return mesh
