@@ -89,8 +89,8 @@ class BatchLayout:
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Rows of the global batch that this process's devices hold: sorted int64."""
-        indices = self.sharding.addressable_devices_indices_map((batch_size,))
-        rows = {row for (part,) in indices.values() for row in range(*part.indices(batch_size))}
+        parts = self.sharding.addressable_devices_indices_map((batch_size,)).values()
+        rows = {row for part in parts if part for row in range(*part[0].indices(batch_size))}
         return np.asarray(sorted(rows), np.int64)
 
     def to_global(self, host_batch: HostBatch, batch_size: int) -> dict[str, jax.Array]:
@@ -98,7 +98,7 @@ class BatchLayout:
         rows = self.local_rows(batch_size)
 
         def put(values: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(batch_size)
                 first = int(np.searchsorted(rows, start))
                 return values[first : first + stop - start]
@@ -114,7 +114,8 @@ def _dataset(
     cfg: DatasetConfig, rows: np.ndarray, first_sample: int, num_steps: int | None
 ) -> tf.data.Dataset:
     """Batches of this process's rows, from the global batch that begins at `first_sample`."""
-    task, source = tasks.get_task(cfg.mixture_or_task_name), tasks.get_source(cfg.mixture_or_task_name)
+    task = tasks.get_task(cfg.mixture_or_task_name)
+    source = tasks.get_source(cfg.mixture_or_task_name)
     count = num_examples(cfg)
 
     def fetch(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -189,6 +190,7 @@ class TrainIterator:
         item = self._queue.get()
         self.waited_seconds = time.perf_counter() - start
         if isinstance(item, Exception):
+            self._queue.put(item)  # whoever asks again hears it again, instead of waiting for ever
             raise item
         self._next_sample += self._cfg.batch_size
         return item
@@ -247,7 +249,7 @@ def eval_batches(
     count = num_examples(cfg)
     rows = layout.local_rows(cfg.batch_size)
     num_steps = -(-count // cfg.batch_size)
-    batches: Iterator[Any] = _dataset(cfg, rows, 0, num_steps).as_numpy_iterator()
+    batches: Any = _dataset(cfg, rows, 0, num_steps).as_numpy_iterator()
     for step, batch in enumerate(batches):
         valid = step * cfg.batch_size + rows < count
         host_batch = {**batch, "weights": valid.astype(np.float32)}
