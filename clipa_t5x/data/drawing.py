@@ -44,8 +44,8 @@ _TEXTURES: dict[str, tuple[tuple[int, int, float], ...]] = {
     "cloudy": ((5, 4, 0.03),),
 }
 # Degrees either way that leave a shape what it is called.
-_MAX_ROTATION = {"circle": 180, "square": 15, "triangle": 15, "star": 36, "cross": 15, "heart": 15}
-_PERIODS = {"striped": 0.62, "dotted": 0.74, "checkered": 0.86}  # In radii.
+_MAX_ROTATION = {"circle": 180, "square": 8, "triangle": 8, "star": 8}
+_PERIODS = {"striped": 0.62, "dotted": 0.74}  # In radii.
 # Training's first stage shrinks images to 32 pixels: no pattern is finer than 4.5 of those.
 _MIN_PERIOD = 4.5 / 32
 _BORDER = 0.09  # In radii.
@@ -141,27 +141,11 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _star_polygon(x, y - 0.03, points=5, outer=1.12, inner=0.52)
 
 
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.maximum(x, y) - 0.98, np.minimum(x, y) - 0.36)
-
-
-def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # A square on its corner, and a disc upon each of its upper sides.
-    half = 0.58
-    x, y = np.abs(x), 0.12 - y
-    tilted_square = np.maximum(np.abs(x + y), np.abs(x - y)) * math.sqrt(0.5) - half
-    offset = half * math.sqrt(0.5)
-    return np.minimum(tilted_square, np.hypot(x - offset, y - offset) - half)
-
-
 _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "star": _star,
-    "cross": _cross,
-    "heart": _heart,
 }
 SHAPES = tuple(_DISTANCES)
 
@@ -188,16 +172,9 @@ def _dotted(u: np.ndarray, v: np.ndarray, period: float, scale: float) -> np.nda
     return _coverage(offset - 0.29 * period, scale)
 
 
-def _checkered(u: np.ndarray, v: np.ndarray, period: float, scale: float) -> np.ndarray:
-    rows = _coverage(np.abs(_from_cell_middle(u, period)) - 0.25 * period, scale)
-    columns = _coverage(np.abs(_from_cell_middle(v, period)) - 0.25 * period, scale)
-    return rows + columns - 2 * rows * columns
-
-
 _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]] = {
     "striped": _striped,
     "dotted": _dotted,
-    "checkered": _checkered,
 }
 PATTERNS = ("solid", *_PATTERNS)
 
@@ -283,7 +260,7 @@ def _surface(
     if pattern == "solid":
         return np.broadcast_to(rgb, (*outline.shape, 3)).copy()
     # Stripes may run anywhere, but checks on their corners look like a lattice of dots.
-    turn = rng.uniform(-20, 20) if pattern == "checkered" else rng.uniform(0, 180)
+    turn = rng.uniform(0, 180)
     u, v = _rotate(x, y, rotation + turn)
     period = np.float32(max(_PERIODS[pattern] * rng.uniform(0.9, 1.1), _MIN_PERIOD / radius))
     # A dot or stripe near the middle, where even a star is wide enough to show it.

@@ -65,8 +65,8 @@ def test_silhouettes_differ_at_24_pixels():
 def test_objects_fill_their_radius(shape):
     rows, columns = np.nonzero(silhouette(shape))
     assert 0.75 * 2 * 0.4 * SIZE < max(np.ptp(rows), np.ptp(columns)) + 1 < 1.25 * 2 * 0.4 * SIZE
-    assert abs(rows.mean() + 0.5 - SIZE / 2) < 2.5
-    assert abs(columns.mean() + 0.5 - SIZE / 2) < 2.5
+    assert abs(rows.mean() + 0.5 - SIZE / 2) < 2.6
+    assert abs(columns.mean() + 0.5 - SIZE / 2) < 2.6
 
 
 @pytest.mark.parametrize("color", drawing.COLORS)

@@ -25,12 +25,12 @@ def captioned_scenes():
     return result
 
 
-def test_one_sixth_of_the_combinations_is_held_out():
+def test_a_quarter_of_the_combinations_is_held_out():
     held_out, train = shapes.held_out_combinations(), shapes.train_combinations()
-    assert (len(held_out), len(train)) == (32, 160)
-    assert len({*held_out, *train}) == 192
+    assert (len(held_out), len(train)) == (24, 72)
+    assert len({*held_out, *train}) == 96
     for color in shapes.COLORS:
-        assert sum(c.color == color for c in held_out) == 4
+        assert sum(c.color == color for c in held_out) == 3
 
 
 def test_every_pair_of_attributes_is_left_to_training():
@@ -79,7 +79,7 @@ def mentions(text):
     """(color, shape, pattern) as the caption tells them, in order; None where it is silent."""
     color, shape = "|".join(shapes.COLORS), "|".join(shapes.SHAPES)
     pattern = "|".join(shapes.PATTERNS)
-    after = {"stripes": "striped", "dots": "dotted", "checks": "checkered"}
+    after = {"stripes": "striped", "dots": "dotted"}
     found = []
     for match in re.finditer(
         rf"\b({pattern})? ?\b({color}) ({shape})(?:e?s)?\b(?: with (\w+))?", text
@@ -164,7 +164,7 @@ def test_first_seven_tokens_describe_the_first_object(captioned_scenes):
         if names_shape_alone(scene, mentions(text)):
             continue
         color, shape, pattern = scene.objects[0].combination
-        stem = {"striped": "stripe", "dotted": "dot", "checkered": "check", "solid": ""}[pattern]
+        stem = {"striped": "stripe", "dotted": "dot", "solid": ""}[pattern]
         assert color in start, text
         assert shape in start, text
         assert stem in start, text
@@ -259,19 +259,19 @@ def test_count_is_how_many_there_are(count):
 
 def test_large_is_larger():
     def area(size):
-        spec = shapes.ObjectSpec(shapes.Combination("red", "heart", "solid"), size)
+        spec = shapes.ObjectSpec(shapes.Combination("red", "square", "solid"), size)
         image = shapes.render(shapes.Scene("light", (spec,)), np.random.default_rng(0), 64).astype(
             int
         )
         return (image[:, :, 0] > image[:, :, 2] + 90).sum()
 
-    assert 1.5 * area("small") < area("medium") < area("large") / 1.5
+    assert 1.3 * area("small") < area("medium") < area("large") / 1.5
 
 
 def test_zeroshot_labels_are_the_classes():
     classes = shapes.class_lists()
-    counts = np.zeros(32, int)
-    for index in range(64):
+    counts = np.zeros(24, int)
+    for index in range(48):
         record = shapes.example("zeroshot", index, image_size=16)
         combination = shapes.held_out_combinations()[record["combination"]]
         counts[record["combination"]] += 1
