@@ -265,7 +265,7 @@ def test_large_is_larger():
         )
         return (image[:, :, 0] > image[:, :, 2] + 90).sum()
 
-    assert 1.3 * area("small") < area("medium") < area("large") / 1.5
+    assert 1.3 * area("small") < area("medium") < area("large") / 1.3
 
 
 def test_zeroshot_labels_are_the_classes():
