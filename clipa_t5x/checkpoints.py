@@ -6,8 +6,10 @@ the background under a temporary name and appears under its own only when comple
 """
 
 import dataclasses
+import json
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from clipa_t5x import train_state
 from clipa_t5x.errors import UserError
@@ -81,7 +84,6 @@ def _manager(
             preservation_policy=policy.LatestN(keep) if keep else policy.PreserveAll(),
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,
         ),
         item_handlers=handlers,
     )
@@ -91,7 +93,8 @@ class Checkpointer:
     """Saves and resumes one run's state in its MODEL_DIR."""
 
     def __init__(self, model_dir: str, cfg: SaveCheckpointConfig):
-        """Opens (and creates) `model_dir`; half-written checkpoints of a killed run are removed."""
+        """Opens (and creates) `model_dir`, and clears it of what a killed run left half-written."""
+        _clear_incomplete(model_dir)
         self._cfg = cfg
         self._model_dir = model_dir
         self._manager = _manager(model_dir, cfg.keep)
@@ -201,10 +204,45 @@ def locate(path: str) -> tuple[str, int]:
 
 def all_steps(model_dir: str) -> list[int]:
     """Steps of the complete checkpoints in a MODEL_DIR, ascending."""
-    if not epath.Path(model_dir).is_dir():
+    root = epath.Path(model_dir)
+    if not root.is_dir():
         return []
     with _manager(model_dir, read_only=True) as manager:
-        return sorted(manager.all_steps())
+        steps = sorted(manager.all_steps())
+    return [step for step in steps if _is_complete(root / f"{PREFIX}_{step}")]
+
+
+def _is_complete(path: epath.Path) -> bool:
+    """Whether a checkpoint's folder holds its items and was committed, the last act of a save."""
+    metadata = path / "_CHECKPOINT_METADATA"
+    if not metadata.exists() or not all((path / item).is_dir() for item in ITEMS):
+        return False
+    try:
+        return json.loads(metadata.read_text())["commit_timestamp_nsecs"] is not None
+    except (ValueError, KeyError):
+        return False
+
+
+def _clear_incomplete(model_dir: str) -> None:
+    """Removes half-written checkpoints; one that may be another's broken copy is set aside.
+
+    Orbax's own clean-up would take every folder of MODEL_DIR in a bucket, logs and the checkpoints
+    of other stages included, for a half-written checkpoint.
+    """
+    root = epath.Path(model_dir)
+    if jax.process_index() == 0 and root.is_dir():
+        for path in root.iterdir():
+            match = re.fullmatch(rf"{PREFIX}_\d+(\.orbax-checkpoint-tmp.*)?", path.name)
+            if match is None or not path.is_dir():
+                continue
+            if match.group(1):
+                logging.warning("Removing %s, which a killed run left half-written.", path)
+                path.rmtree()
+            elif not _is_complete(path):
+                aside = path.with_name(f"{path.name}.incomplete-{time.time_ns()}")
+                logging.warning("%s is not a complete checkpoint: it is now %s.", path, aside)
+                path.rename(aside)
+    multihost_utils.sync_global_devices("incomplete checkpoints cleared")
 
 
 def saved_params(model_dir: str, step: int | None) -> dict[str, jax.ShapeDtypeStruct]:
