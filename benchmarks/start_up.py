@@ -36,7 +36,7 @@ def start(gin_file, cache_dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gin_file", default="gin/shapes_stage1.gin")
     parser.add_argument("--starts", type=int, default=3)
     args = parser.parse_args()

@@ -82,7 +82,7 @@ def loop_segment(step, state, batch, num_steps, writer, info, log_period):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--segments", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40, help="steps per segment")

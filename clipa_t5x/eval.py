@@ -49,9 +49,9 @@ def evaluate(
         batch_spec=train_dataset_cfg.batch_spec(),
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
-    params, _ = checkpoints.load_params(
+    params = checkpoints.load_params(
         f"{source}/{checkpoints.PREFIX}_{step}", trainer.abstract_state.params
-    )
+    )[0]
     logging.info("Evaluating %s after step %d.", source, step)
     writer = metrics.MetricsWriter(model_dir)
     embed = train_lib.embed_functions(trainer, layout)

@@ -8,7 +8,7 @@ the evaluation rather than lose it.
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -130,10 +130,18 @@ def train(
     return state
 
 
+class Batches(Protocol):
+    """An endless iterator of global batches that tells how long the last one took to come."""
+
+    waited_seconds: float
+
+    def __next__(self) -> Mapping[str, jax.Array]: ...
+
+
 def training_steps(
     state: train_state.TrainState,
     train_step: Callable[..., Any],
-    batches: input_pipeline.TrainIterator,
+    batches: Batches,
     clock: metrics.StepClock,
     steps: Iterable[int],
 ) -> Iterator[tuple[int, train_state.TrainState, trainer_lib.Metrics]]:

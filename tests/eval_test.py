@@ -1,6 +1,6 @@
+import experiments
 import pytest
 
-import experiments
 from clipa_t5x import eval as eval_lib
 from clipa_t5x import gin_utils
 from clipa_t5x.errors import UserError

@@ -2,9 +2,9 @@
 
 import pathlib
 
+import experiments
 import pytest
 
-import experiments
 from clipa_t5x import gin_utils, schedule
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gin"

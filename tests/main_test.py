@@ -2,9 +2,9 @@ import re
 import subprocess
 import sys
 
+import experiments
 import pytest
 
-import experiments
 from clipa_t5x import errors, main
 
 STAGE1 = f"--gin_file={experiments.GIN}/digits_stage1.gin"

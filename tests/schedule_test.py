@@ -1,9 +1,9 @@
 import json
 import pathlib
 
+import experiments
 import pytest
 
-import experiments
 from clipa_t5x import schedule
 from clipa_t5x.errors import UserError
 

@@ -1,11 +1,11 @@
 import json
 import pathlib
 
+import experiments
 import jax
 import numpy as np
 import pytest
 
-import experiments
 from clipa_t5x import gin_utils, train
 from clipa_t5x.errors import UserError
 
