@@ -147,7 +147,7 @@ def test_parse_mesh():
 
 @pytest.mark.parametrize("text", ["", "data", "data=x", "data=2=3", "data=0", "data=2,data=4"])
 def test_parse_mesh_refuses_what_is_no_mesh(text):
-    with pytest.raises(errors.UserError, match=f"--mesh is '{text}' .*for example replica=4"):
+    with pytest.raises(errors.UserError, match=f"--mesh is '{text}'; .*example replica=4"):
         partitioning.parse_mesh(text)
 
 
