@@ -58,32 +58,30 @@ def test_examples_hold_what_was_written(directory):
         assert np.abs(difference).max() < 3
 
 
-@pytest.mark.parametrize("num_shards", [2, 3])
-def test_seqio_shards_the_task(directory, num_shards):
-    name = tiny_records.task("tasks_test", directory)
-    parts = [
-        seqio_examples(name, shard_info=seqio.ShardInfo(i, num_shards)) for i in range(num_shards)
-    ]
+def test_seqio_shards_the_task(directory):
+    name = tiny_records.task("tasks_test", directory, vocabulary=None)
+    parts = [seqio_examples(name, shard_info=seqio.ShardInfo(i, 2)) for i in range(2)]
+    assert [len(part) for part in parts] == [7, 6]
     indices = sorted(int(e["index"]) for part in parts for e in part)
     assert indices == list(range(COUNT))
 
 
 def test_seqio_repeats_the_task(directory):
-    name = tiny_records.task("tasks_test", directory)
+    name = tiny_records.task("tasks_test", directory, vocabulary=None)
     assert len(seqio_examples(name, num_epochs=2)) == 2 * COUNT
 
 
 def test_seqio_may_shuffle(directory):
     """Its default: the source permutes by itself, so SeqIO must not ask for a buffer."""
-    name = tiny_records.task("tasks_test", directory)
+    name = tiny_records.task("tasks_test", directory, preprocessors.squash, vocabulary=None)
     task = seqio.get_mixture_or_task(name)
     examples = [
         list(task.get_dataset(tiny_records.LENGTHS, "train", seed=seed).as_numpy_iterator())
         for seed in (1, 1, 2)
     ]
-    captions = [[e["caption"] for e in part] for part in examples]
-    assert captions[0] == captions[1] != captions[2]
-    assert sorted(captions[0]) == sorted(captions[2])
+    images = [[e["images"].tobytes() for e in part] for part in examples]
+    assert images[0] == images[1] != images[2]
+    assert sorted(images[0]) == sorted(images[2])
 
 
 def test_seqio_needs_no_cache(directory):
