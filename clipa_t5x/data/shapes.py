@@ -171,7 +171,7 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 def sample_scene(
     rng: np.random.Generator, split: str, combination: Combination | None = None
 ) -> Scene:
-    """Draws a scene: about 60 % show a single object, 12 % several alike, 28 % two kinds.
+    """Draws a scene: about 80 % show a single object, 8 % several alike, 12 % two kinds.
 
     Args:
       rng: the source of randomness.
@@ -187,8 +187,8 @@ def sample_scene(
         combination = _pick(rng, pool)
     background = _pick(rng, BACKGROUNDS)
     kind = 0.0 if split == "zeroshot" else rng.random()
-    if kind < 0.72:
-        count = 1 if kind < 0.6 else _pick(rng, (2, 3, 4))
+    if kind < 0.88:
+        count = 1 if kind < 0.8 else _pick(rng, (2, 3, 4))
         return Scene(background, (_sample_object(rng, combination, count),))
     pool = train_combinations() if split == "train" else _all_combinations()
     other = _pick(rng, [c for c in pool if c != combination])
@@ -234,7 +234,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         if rng.random() < 0.75:
             relation = _pick(rng, _RELATION_PHRASES[scene.relation])
         text = f"{text} {relation} {_object_phrase(other, rng)}"
-    if rng.random() < 0.6 or len(text.split()) < _MIN_CAPTION_WORDS:
+    if rng.random() < 0.25 or len(text.split()) < _MIN_CAPTION_WORDS:
         text = f"{text} {_pick(rng, _BACKGROUND_PHRASES[scene.background])}"
     return text
 

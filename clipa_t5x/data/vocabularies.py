@@ -14,6 +14,19 @@ from clipa_t5x.errors import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 
 
+@functools.cache
+def _tokenize_fn(path: str) -> Any:
+    """Strings [n] to ragged ids [n, pieces]; traced once, as tracing takes seconds."""
+    with tf.init_scope():
+        tokenizer = tf_text.BertTokenizer(path, lower_case=True, token_out_type=tf.dtypes.int32)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.dtypes.string)], autograph=False)
+    def tokenize(texts: tf.Tensor) -> Any:
+        return tokenizer.tokenize(texts).merge_dims(1, 2)
+
+    return tokenize
+
+
 class BertVocabulary(seqio.Vocabulary):
     """BERT's WordPiece: lower case, accents stripped, greedy longest match.
 
@@ -63,12 +76,6 @@ class BertVocabulary(seqio.Vocabulary):
     def _ids(self) -> dict[str, int]:
         return {piece: i for i, piece in enumerate(self.pieces)}
 
-    @functools.cached_property
-    def _tokenizer(self) -> tf_text.BertTokenizer:
-        _ = self.pieces  # a missing file is the user's error, not a table's
-        with tf.init_scope():
-            return tf_text.BertTokenizer(self.path, lower_case=True, token_out_type=tf.dtypes.int32)
-
     @property
     def bos_id(self) -> int:
         """Id of [CLS], which stands first in every sequence."""
@@ -102,8 +109,9 @@ class BertVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s: tf.Tensor) -> Any:
         """Ids (int32 [pieces]) of a scalar string; of [n] strings, a ragged [n, pieces]."""
+        _ = self.pieces  # a missing file is the user's error, not a table's
         scalar = s.shape.rank == 0
-        pieces = self._tokenizer.tokenize(tf.reshape(s, [-1])).merge_dims(1, 2)
+        pieces = _tokenize_fn(self.path)(tf.reshape(s, [-1]))
         return pieces[0] if scalar else pieces
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:

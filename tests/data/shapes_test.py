@@ -63,7 +63,7 @@ def test_kinds_of_scene(captioned_scenes):
     for split in ("train", "validation"):
         scenes = [scene for scene, _ in captioned_scenes[split]]
         single = np.mean([len(s.objects) == 1 and s.objects[0].count == 1 for s in scenes])
-        assert 0.57 < single < 0.63
+        assert 0.77 < single < 0.83
         for scene in scenes:
             assert (len(scene.objects) == 2) == (scene.relation is not None)
             assert len({spec.combination for spec in scene.objects}) == len(scene.objects)
