@@ -45,9 +45,9 @@ def train_step(
     metrics = {
         **metrics,
         "learning_rate": jnp.asarray(optimizer.learning_rate_fn(state.step), jnp.float32),
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(state.params),
-        "update_norm": optax.global_norm(updates),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(state.params),
+        "update_norm": optax.tree.norm(updates),
     }
     params: Any = optax.apply_updates(state.params, updates)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # pyright: ignore[reportAttributeAccessIssue]
@@ -127,7 +127,10 @@ class Trainer:
         )
 
     def init_state(self, seed: int, params: Any = None) -> train_state.TrainState:
-        """A fresh state, created already sharded; around given parameters where there are any."""
+        """A fresh state, created already sharded; around given parameters where there are any.
+
+        Given parameters may lie anywhere; those that lie as the state's are taken over, not copied.
+        """
         key = jax.random.key_data(jax.random.key(seed))
         with self._partitioner.activate():
             if params is None:
@@ -136,7 +139,8 @@ class Trainer:
             init = jax.jit(
                 self._fresh_state, out_shardings=self.state_shardings, donate_argnames="params"
             )
-            return init(key, params)
+            # A donated array that lies otherwise than its result cannot be reused for it.
+            return init(key, jax.device_put(params, self.state_shardings.params))
 
     @functools.cached_property
     def compiled_train_step(self) -> Any:
