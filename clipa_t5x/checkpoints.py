@@ -171,6 +171,15 @@ class Checkpointer:
         self._manager.close()
 
 
+def wait_for_all_processes(name: str, timeout_secs: int = 3600) -> None:
+    """Returns when every process of the run is here; `name` is used once in a run.
+
+    Collectives on CPUs give up after half a minute: processes that compile at different speeds
+    must meet before their first one.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * timeout_secs)
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """A nested tree's leaves under names such as 'image_tower/head/kernel'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -7,6 +7,7 @@ import importlib
 import logging as standard_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,7 +92,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(verb: str, arguments: Sequence[str] | None = None) -> None:
     """Runs a gin-configured verb and ends the process: status 0, or 2 for a user's mistake."""
-    sys.exit(one_line_errors(lambda: _run(verb, arguments)))
+    try:
+        status = one_line_errors(lambda: _run(verb, arguments))
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            abandon(1)
+        raise
+    if status and jax.distributed.is_initialized():
+        abandon(status)
+    sys.exit(status)
+
+
+def abandon(status: int) -> None:
+    """Ends a failed process of several at once.
+
+    An ordinary exit would wait for the others, which wait in a collective for this one; when it is
+    gone without a word they are told and end, too.
+    """
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def one_line_errors(call: Callable[[], Any]) -> int:

@@ -102,6 +102,7 @@ def train(
     start = time.perf_counter()
     train_step = trainer.compiled_train_step
     logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
+    checkpoints.wait_for_all_processes("train_step_compiled")
 
     evaluate = Evaluation(trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir)
     batches = input_pipeline.TrainIterator(train_dataset_cfg, layout, position)
