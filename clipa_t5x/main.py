@@ -182,6 +182,8 @@ def parse_flags(verb: str, arguments: Sequence[str]) -> None:
 
 def start_processes() -> None:
     """Joins a run of several processes where the flags say so."""
+    if _FLAGS.coordinator_address or _FLAGS.multiprocess:
+        keep_cpu_collectives_in_order()
     given = [_FLAGS.coordinator_address, _FLAGS.process_count, _FLAGS.process_index]
     if any(value is not None for value in given):
         if any(value is None for value in given):
@@ -192,6 +194,17 @@ def start_processes() -> None:
         jax.distributed.initialize(*given)
     elif _FLAGS.multiprocess:
         jax.distributed.initialize()
+
+
+def keep_cpu_collectives_in_order() -> None:
+    """Makes every process of a CPU run issue its collectives in the same order.
+
+    XLA's CPU backend otherwise runs independent ones as they become ready, and gloo then pairs one
+    process's message with another's collective. Other backends are not affected.
+    """
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def use_compilation_cache(directory: str) -> None:

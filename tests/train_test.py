@@ -67,9 +67,10 @@ def test_two_processes_equal_one(workspace, tmp_path):
     experiments.run_processes([*recipe, *flags(two, **macros)], workspace, 2, num_devices=4)
     losses = [[r["loss"] for r in experiments.records(d, "train").values()] for d in (one, two)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-    assert_same_arrays(
-        experiments.saved_state(one, 4), experiments.saved_state(two, 4), rtol=1e-3, atol=1e-5
-    )
+    states = [experiments.saved_state(directory, 4) for directory in (one, two)]
+    # A softmax does not feel its keys' bias: the gradient is rounding noise, which Adam scales up.
+    states = [{k: v for k, v in s.items() if "key/bias" not in k} for s in states]
+    assert_same_arrays(*states, rtol=1e-3, atol=1e-5)
     for group in ("inference_eval/digit", "inference_eval/gallery"):
         assert experiments.records(one, group)[4] == experiments.records(two, group)[4]
 
