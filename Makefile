@@ -44,5 +44,5 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) '.[test,digits,tensorboard]'
+	$(PIP_INSTALL) '.[test,digits]'
 	touch $@ $(VENV)/.installed

@@ -65,19 +65,17 @@ def bare_segment(step, state, batch, num_steps):
 
 def loop_segment(step, state, batch, num_steps, writer, info, log_period):
     """Seconds per step of the training loop."""
-    clock = metrics.StepClock()
-    timer = metrics.StepTimer(0, num_steps, info.batch_size)
-    pending = []
+    progress = train.Progress(writer, info, 0)
     start = time.perf_counter()
-    updates = train.training_steps(state, step, SameBatch(batch), clock, range(1, num_steps + 1))
+    steps = range(1, num_steps + 1)
+    updates = train.training_steps(state, step, SameBatch(batch), progress.clock, steps)
     for n, state, step_metrics in updates:  # noqa: B007  the last state is returned
-        pending.append(step_metrics)
+        progress.add(step_metrics)
         if n % log_period == 0:
-            train.log_step(writer, info, n, metrics.mean(pending), timer, clock)
-            pending.clear()
+            progress.log(n)
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / num_steps
-    clock.close()
+    progress.clock.close()
     return seconds, state
 
 

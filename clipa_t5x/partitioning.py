@@ -40,9 +40,9 @@ def standard_logical_axis_rules(
         dimension over `data` (fully sharded data parallelism).
       additional_rules: (logical axis, mesh axis or tuple of them or None), looked at after these.
 
-    With both at 2, jaxlib 0.10.2 partitions a product that contracts over `model` wrongly, silently,
-    where there are replicas, `data` is as large as `model`, and a device holds no more tokens than
-    width / data. Use 1 for activations there.
+    With both at 2, jaxlib 0.10.2 partitions a product that contracts over `model` wrongly,
+    silently, where there are replicas, `data` is as large as `model`, and a device holds no more
+    tokens than width / data. Use 1 for activations there.
 
     Returns:
       Rules in order; of several for one name the first whose mesh axes are still free applies.

@@ -75,11 +75,9 @@ def train(
     """
     check_arguments(model_dir, total_steps, eval_period, stats_period)
     train_dataset_cfg.check_feature_lengths()
+    batch_spec = train_dataset_cfg.batch_spec()
     trainer = trainer_cls(
-        model=model,
-        optimizer=optimizer,
-        partitioner=partitioner,
-        batch_spec=train_dataset_cfg.batch_spec(),
+        model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
     check_vocabulary(model, train_dataset_cfg)
@@ -90,41 +88,30 @@ def train(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
     write_model_info(model_dir, trainer, partitioner, train_dataset_cfg, info)
-
-    state, position = starting_state(trainer, checkpointer, checkpoint_cfg, train_dataset_cfg,
-                                     random_seed)  # fmt: skip
-    first_step = int(state.step)
-    if first_step >= total_steps:
-        check_finished(first_step, total_steps, model_dir)
-        info.write(model_dir, completed=True)
-        return state
-    logging.info("Training from step %d to %d in %s.", first_step, total_steps, model_dir)
-    start = time.perf_counter()
-    train_step = trainer.compiled_train_step
-    logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
-    checkpoints.wait_for_all_processes("train_step_compiled")
+    restore, data = checkpoint_cfg.restore, train_dataset_cfg
+    state, position = starting_state(trainer, checkpointer, restore, data, random_seed)
+    if int(state.step) >= total_steps:
+        return finished(state, total_steps, model_dir, info)
+    steps = range(int(state.step) + 1, total_steps + 1)
+    logging.info("Training steps %d to %d in %s.", steps[0], total_steps, model_dir)
+    train_step = compile_train_step(trainer)
 
     evaluate = Evaluation(trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir)
+    progress = Progress(writer, info, steps[0] - 1)
     batches = input_pipeline.TrainIterator(train_dataset_cfg, layout, position)
-    clock = metrics.StepClock()
-    timer = metrics.StepTimer(first_step, total_steps, train_dataset_cfg.batch_size)
-    pending: list[trainer_lib.Metrics] = []
-    steps = range(first_step + 1, total_steps + 1)
-    updates = training_steps(state, train_step, batches, clock, steps)
+    updates = training_steps(state, train_step, batches, progress.clock, steps)
     try:
         for step, state, step_metrics in updates:
-            pending.append(step_metrics)
-            last = step == total_steps
-            if step % stats_period == 0 or last:
-                log_step(writer, info, step, metrics.mean(pending), timer, clock)
-                pending.clear()
-            if step % eval_period == 0 or last:
-                timer.pause(evaluate(step, state.params, last))
+            progress.add(step_metrics)
+            if step % stats_period == 0 or step == total_steps:
+                progress.log(step)
+            if step % eval_period == 0 or step == total_steps:
+                progress.timer.pause(evaluate(step, state.params, step == total_steps))
             if checkpointer.is_due(step, total_steps):
                 checkpointer.save(step, state, batches.state())
     finally:
         batches.close()
-        clock.close()
+        progress.clock.close()
     checkpointer.close()
     writer.close()
     info.write(model_dir, completed=True)
@@ -175,18 +162,31 @@ def check_arguments(model_dir: str, total_steps: int, eval_period: int, stats_pe
             raise UserError(f"{name} is {value}; it must be at least 1.")
 
 
-def check_finished(first_step: int, total_steps: int, model_dir: str) -> None:
-    """Tells that there is nothing to do; refuses a run that is already past its end.
+def compile_train_step(trainer: trainer_lib.Trainer) -> Callable[..., Any]:
+    """Compiles, tells how long it took, and waits until every process is as far."""
+    start = time.perf_counter()
+    train_step = trainer.compiled_train_step
+    logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
+    checkpoints.wait_for_all_processes("train_step_compiled")
+    return train_step
+
+
+def finished(
+    state: train_state.TrainState, total_steps: int, model_dir: str, info: stage_info.StageInfo
+) -> train_state.TrainState:
+    """Ends a run that has all its steps.
 
     Raises:
-      UserError: the checkpoint has more updates than are asked for.
+      UserError: it has more than are asked for.
     """
-    if first_step > total_steps:
+    if int(state.step) > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{first_step}. TRAIN_STEPS counts all of a run's steps: raise it, or change MODEL_DIR."
+            f"{state.step}. TRAIN_STEPS counts all of a run's steps: raise it, or change MODEL_DIR."
         )
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
+    info.write(model_dir, completed=True)
+    return state
 
 
 def check_vocabulary(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> None:
@@ -207,7 +207,7 @@ def check_vocabulary(model: models.ClipModel, cfg: input_pipeline.DatasetConfig)
 def starting_state(
     trainer: trainer_lib.Trainer,
     checkpointer: checkpoints.Checkpointer,
-    cfg: checkpoints.CheckpointConfig,
+    cfg: checkpoints.RestoreCheckpointConfig,
     dataset_cfg: input_pipeline.DatasetConfig,
     seed: int,
 ) -> tuple[train_state.TrainState, int]:
@@ -216,39 +216,48 @@ def starting_state(
         state, data_state = checkpointer.restore(trainer.abstract_state)
         logging.info("Resuming after step %d.", checkpointer.latest_step())
         return state, input_pipeline.resume_position(dataset_cfg, data_state)
-    if cfg.restore.path:
+    if cfg.path:
         params, notes = checkpoints.load_params(
-            cfg.restore.path, trainer.abstract_state.params, cfg.restore.resized
+            cfg.path, trainer.abstract_state.params, cfg.resized
         )
-        checkpoints.log_notes(cfg.restore.path, notes)
+        checkpoints.log_notes(cfg.path, notes)
         return trainer.init_state(seed, params), 0
     return trainer.init_state(seed), 0
 
 
-def log_step(
-    writer: metrics.MetricsWriter,
-    info: stage_info.StageInfo,
-    step: int,
-    means: Mapping[str, float],
-    timer: metrics.StepTimer,
-    clock: metrics.StepClock,
-) -> None:
-    """Writes the mean metrics since the last line, and the console's line.
+class Progress:
+    """Gathers the metrics of steps and, when asked, writes their means and a console line."""
 
-    Raises:
-      UserError: the loss is not a finite number.
-    """
-    if not np.isfinite(means["loss"]):
-        raise UserError(
-            f"the loss is {means['loss']} at step {step}: training has diverged. Lower "
-            "LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint."
-        )
-    rates = timer.lap(step, clock.stalled_seconds)
-    values = {**means, **rates}
-    metrics.log_progress(info.name, step, info.total_steps, values)
-    del values["seconds_left"]
-    values["samples"] = step * info.batch_size
-    writer.write(step, metrics.GROUP_TRAIN, values)
+    def __init__(self, writer: metrics.MetricsWriter, info: stage_info.StageInfo, first_step: int):
+        """Begins after `first_step` updates."""
+        self._writer, self._info = writer, info
+        self._pending: list[trainer_lib.Metrics] = []
+        self.clock = metrics.StepClock()
+        self.timer = metrics.StepTimer(first_step, info.total_steps, info.batch_size)
+
+    def add(self, step_metrics: trainer_lib.Metrics) -> None:
+        """Keeps a step's metrics, on the device, until the next `log`."""
+        self._pending.append(step_metrics)
+
+    def log(self, step: int) -> None:
+        """Writes the means over the steps since the last call.
+
+        Raises:
+          UserError: the loss is not a finite number.
+        """
+        means = metrics.mean(self._pending)
+        self._pending.clear()
+        if not np.isfinite(means["loss"]):
+            raise UserError(
+                f"the loss is {means['loss']} at step {step}: training has diverged. Lower "
+                "LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint."
+            )
+        rates = self.timer.lap(step, self.clock.stalled_seconds)
+        values = {**means, **rates}
+        metrics.log_progress(self._info.name, step, self._info.total_steps, values)
+        del values["seconds_left"]
+        values["samples"] = step * self._info.batch_size
+        self._writer.write(step, metrics.GROUP_TRAIN, values)
 
 
 @dataclasses.dataclass

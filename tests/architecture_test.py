@@ -23,7 +23,7 @@ DOORS = LAYERS[-1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 
 # Debts: to be paid, never added to. A paid one must be struck off.
-LONG_FUNCTIONS = {"train.train"}
+LONG_FUNCTIONS: set[str] = set()
 UNTESTED = {"stage_info"}
 
 
