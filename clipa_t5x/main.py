@@ -143,7 +143,9 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
 def _is_ours_or_grave(record: Any) -> bool:
     """Libraries tell more than a user wants to read; what they warn of passes."""
     ours = os.path.dirname(os.path.abspath(__file__))
-    return record.levelno >= standard_logging.WARNING or record.pathname.startswith(ours)
+    # Orbax warns of every checkpoint that is opened for reading only.
+    is_grave = standard_logging.ERROR if "orbax" in record.pathname else standard_logging.WARNING
+    return record.levelno >= is_grave or record.pathname.startswith(ours)
 
 
 class _Formatter(logging.PythonFormatter):
