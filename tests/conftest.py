@@ -1,3 +1,5 @@
+import os
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Before any test touches a device: 8 of them on the CPU, and compiled programs kept."""
     jax.config.update("jax_num_cpu_devices", 8)
+    # Threads for every device to wait in several collectives at once: with a thread per device, the
+    # default, they can take all threads and wait for each other until XLA gives up and aborts.
+    os.environ.setdefault("PJRT_NPROC", "64")
     jax.config.update("jax_disable_most_optimizations", True)
     cache = getattr(config, "cache", None)
     if cache is not None:
