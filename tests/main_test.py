@@ -75,4 +75,4 @@ def test_dry_run_prints_the_table(capsys, monkeypatch):
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert "mesh: replica=1, data=4, model=2 (8 devices)" in out
-    assert "image_tower/encoder/layers/mlp/fc1/kernel" in out
+    assert "image_tower/encoder/layers_0/mlp/fc1/kernel" in out

@@ -97,8 +97,8 @@ def test_stage_2_takes_parameters_and_nothing_else(tmp_path):
     for name in ("image_tower", "logit_scale"):
         jax.tree.map(np.testing.assert_array_equal, before.params[name], after.params[name])
     np.testing.assert_array_equal(
-        before.params["text_tower"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"],
-        text["encoder"]["layers"]["mlp"]["fc1"]["kernel"],
+        before.params["text_tower"]["encoder"]["layers_0"]["mlp"]["fc1"]["kernel"],
+        text["encoder"]["layers_0"]["mlp"]["fc1"]["kernel"],
     )
     assert int(after.step) == 1
     counts = [x for x in jax.tree.leaves(after.opt_state) if x.dtype == np.int32]
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     experiments.train("digits_stage1", *overrides(tmp_path / "run", TRAIN_STEPS=2))
     other = [*overrides(tmp_path / "run", TRAIN_STEPS=4), "VisionTransformer.mlp_dim = 48"]
     with pytest.raises(
-        UserError, match=r"image_tower/encoder/layers/mlp/fc1/kernel is \(2, 32, 64"
+        UserError, match=r"image_tower/encoder/layers_0/mlp/fc1/kernel is \(32, 64"
     ):
         experiments.train("digits_stage1", *other)
 
