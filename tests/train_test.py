@@ -163,9 +163,7 @@ def test_bad_input_is_refused_in_a_line(tmp_path, experiment, bindings, message)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     experiments.train("digits_stage1", *overrides(tmp_path / "run", TRAIN_STEPS=2))
     other = [*overrides(tmp_path / "run", TRAIN_STEPS=4), "VisionTransformer.mlp_dim = 48"]
-    with pytest.raises(
-        UserError, match=r"image_tower/encoder/layers_0/mlp/fc1/kernel is \(32, 64"
-    ):
+    with pytest.raises(UserError, match=r"image_tower/encoder/layers_0/mlp/fc1/kernel is \(32, 64"):
         experiments.train("digits_stage1", *other)
 
 

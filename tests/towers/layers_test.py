@@ -35,6 +35,12 @@ def _loss(**kwargs):
     return lambda params: jnp.mean(encoder.apply({"params": params}, _inputs()) ** 2)
 
 
+@pytest.fixture(scope="module")
+def loss_and_grads(params):
+    """Those of scanned layers, nothing recomputed."""
+    return jax.jit(jax.value_and_grad(_loss()))(params)
+
+
 def _assert_close(tree, expected):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), tree, expected
@@ -158,13 +164,13 @@ def test_unknown_options_are_refused_with_a_list(setting, message):
         jax.eval_shape(_encoder(**setting).init, jax.random.key(0), _inputs())
 
 
-def test_scanned_layers_equal_unrolled_ones(params):
+def test_scanned_layers_equal_unrolled_ones(params, loss_and_grads):
     unrolled = {
         f"layers_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(DEPTH)
     }
     restacked = layers.stack_layers(unrolled, DEPTH)
     jax.tree.map(np.testing.assert_array_equal, restacked, params)
-    loss, grads = jax.jit(jax.value_and_grad(_loss(scan_layers=True)))(restacked)
+    loss, grads = loss_and_grads
     other, other_grads = jax.jit(
         jax.value_and_grad(_loss(scan_layers=False, remat_policy="save_qkv"))
     )(unrolled)
@@ -179,8 +185,8 @@ def test_every_layer_begins_with_weights_of_its_own():
     assert not np.allclose(fc1[0], fc1[1]) and not np.allclose(fc1[1], fc1[2])
 
 
-def test_remat_changes_neither_loss_nor_gradients(params):
-    loss, grads = jax.jit(jax.value_and_grad(_loss(remat_policy="none")))(params)
+def test_remat_changes_neither_loss_nor_gradients(params, loss_and_grads):
+    loss, grads = loss_and_grads
     for policy in layers.REMAT_POLICIES:
         other, other_grads = jax.jit(jax.value_and_grad(_loss(remat_policy=policy)))(params)
         np.testing.assert_allclose(other, loss, rtol=1e-6)
