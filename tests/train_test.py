@@ -60,7 +60,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(workspace, tmp_p
 def test_two_processes_equal_one(workspace, tmp_path):
     """2 processes x 4 devices = 1 process x 8 devices: same data, same losses, same parameters."""
     recipe = experiments.command("train", f"--gin_file={experiments.GIN}/digits_stage1.gin")
-    macros = {"TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 4}
+    macros = {"TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 4, "WARMUP_STEPS": 2}
     one, two = tmp_path / "one", tmp_path / "two"
     result = experiments.run([*recipe, *flags(one, **macros)], workspace, num_devices=8)
     assert result.returncode == 0, result.stderr[-4000:]
