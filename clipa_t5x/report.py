@@ -8,45 +8,15 @@ comes from the run is escaped, as captions are written by strangers.
 """
 
 import argparse
-import dataclasses
 import datetime
 import html
-import io
-import math
 import os
 import pathlib
-import re
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from clipa_t5x import errors, run_history
-
-# Name -> (light, dark). Matplotlib draws in the light colours; each is then replaced by a CSS
-# variable, so that one drawing serves both schemes.
-_COLORS = {
-    "ink": ("#1d2329", "#dde2e8"),
-    "quiet": ("#5d6773", "#98a3b0"),
-    "rule": ("#d5dae0", "#363d46"),
-    "series-1": ("#1f6fb4", "#62aef0"),
-    "series-2": ("#c2571a", "#f0935a"),
-    "series-3": ("#2a8a57", "#5cc48d"),
-    "series-4": ("#8b4fb0", "#c391e6"),
-    "series-5": ("#8a7415", "#d3ba4c"),
-    "series-6": ("#b83a6b", "#ee82ab"),
-    "paper": ("#ffffff", "#14181d"),
-    "panel": ("#f4f6f8", "#1d232a"),
-    "hit": ("#7cc79a", "#3d8a5f"),
-    "miss": ("#e3a09b", "#94504c"),
-    "hit-ink": ("#1f7a48", "#6fd09c"),
-    "miss-ink": ("#b0413a", "#ee8f88"),
-}
-_INK, _QUIET, _RULE, *_SERIES = [light for light, _ in _COLORS.values()][:9]
-_DASHES = ("-", "--", ":", "-.")
-
-# A plot is a few hundred pixels wide: more points than this only make the file heavier.
-_MAX_POINTS = 600
+from clipa_t5x import errors, report_plots, run_history, run_summary
 
 _CSS = """
 * { box-sizing: border-box; }
@@ -95,35 +65,6 @@ ol b { color: var(--miss-ink); }
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class _Series:
-    """A named curve: for every stage its (position, value) points."""
-
-    name: str
-    segments: list[list[tuple[float, float]]]
-    sparse: bool = False  # Evaluations: marked points, joined from stage to stage.
-
-    @property
-    def values(self) -> list[float]:
-        return [y for segment in self.segments for _, y in segment]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plot:
-    """What one panel shows, and how."""
-
-    key: str
-    title: str
-    series: list[_Series]
-    percent: bool = False
-    from_zero: bool = False
-    small: bool = False
-
-    def show(self, value: float) -> str:
-        """Formats a value of this panel for its caption."""
-        return run_history.format_percent(value) if self.percent else f"{value:.4g}"
-
-
 def write_report(
     model_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None
 ) -> pathlib.Path:
@@ -160,7 +101,7 @@ def render(history: run_history.RunHistory) -> str:
     Raises:
         errors.UserError: matplotlib is missing.
     """
-    rows = run_history.summary_rows(history)
+    rows = run_summary.summary_rows(history)
     name = _escape(history.name)
     # The policy makes the browser itself refuse whatever an escape might have let through.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -175,7 +116,7 @@ def render(history: run_history.RunHistory) -> str:
         _facts(history, rows),
         *(f'<p class="note">{_escape(problem)}</p>' for problem in problems),
         _section("summary", "Summary", _table(rows)),
-        _section("curves", f"Over {history.axis}", _curves(history)),
+        _section("curves", f"Over {history.axis}", report_plots.curves(history)),
         _section("gallery", "Test captions and the images nearest to them", _gallery(history)),
         _section("stages", "Configuration and parameters", _stage_files(history)),
         "</main>\n</body>\n</html>\n",
@@ -189,9 +130,9 @@ def _section(key: str, heading: str, content: str) -> str:
 
 
 def _style() -> str:
+    colors = report_plots.COLORS.items()
     light, dark = (
-        ":root { " + "".join(f"--{name}: {pair[i]}; " for name, pair in _COLORS.items()) + "}"
-        for i in (0, 1)
+        f":root {{ {''.join(f'--{name}: {pair[i]}; ' for name, pair in colors)}}}" for i in (0, 1)
     )
     return f"\n{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}{_CSS}"
 
@@ -217,11 +158,11 @@ def _facts(history: run_history.RunHistory, rows: list[dict[str, Any]]) -> str:
     facts = []
     for name in history.group_names(run_history.INFERENCE_EVAL, "accuracy"):
         last = [row["zero_shot"][name] for row in rows if row["zero_shot"][name] is not None][-1]
-        facts.append((f"Zero-shot top-1, {name}", run_history.format_percent(last)))
+        facts.append((f"Zero-shot top-1, {name}", run_summary.format_percent(last)))
     facts.append(("Train loss", f"{losses[-1]:.4g}" if losses else None))
-    facts.append((history.axis.capitalize(), run_history.format_count(history.spans[-1][1])))
-    facts.append(("Duration", run_history.format_duration(sum(seconds)) if seconds else None))
-    facts.append(("Parameters", parameters and run_history.format_compact(parameters)))
+    facts.append((history.axis.capitalize(), run_summary.format_count(history.spans[-1][1])))
+    facts.append(("Training time", run_summary.format_duration(sum(seconds)) if seconds else None))
+    facts.append(("Parameters", parameters and run_summary.format_compact(parameters)))
     facts.append(("Devices", newest.text("devices")))
     return _definitions("facts", [(term, text) for term, text in facts if text])
 
@@ -234,7 +175,7 @@ def _definitions(kind: str, facts: Iterable[tuple[str, str]]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    header, *body = run_history.table_cells(rows)
+    header, *body = run_summary.table_cells(rows)
     head = "".join(f'<th scope="col">{_escape(cell)}</th>' for cell in header)
     lines = "".join(
         f'<tr><th scope="row">{_escape(row[0])}</th>'
@@ -249,180 +190,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
         '<div style="overflow-x: auto" role="region" aria-labelledby="summary" tabindex="0"><table>'
         f"<caption>{note}</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
-
-
-def _plots(history: run_history.RunHistory) -> list[_Plot]:
-    def series(name: str, group: str, value: str, sparse: bool = False) -> list[_Series]:
-        found = _Series(name, history.curve(group, value), sparse)
-        return [found] if found.values else []
-
-    def train(value: str) -> list[_Series]:
-        return series("train", run_history.TRAIN_GROUP, value)
-
-    losses, accuracies = train("loss"), []
-    for name in history.group_names(run_history.TRAINING_EVAL, "loss"):
-        losses += series(f"eval {name}", run_history.TRAINING_EVAL + name, "loss", True)
-    for name in history.group_names(run_history.INFERENCE_EVAL, "accuracy"):
-        accuracies += series(name, run_history.INFERENCE_EVAL + name, "accuracy", True)
-    plots = [
-        _Plot("loss", "Loss", losses),
-        _Plot("accuracy", "Zero-shot top-1", accuracies, percent=True, from_zero=True),
-        _Plot("speed", "Images per second", train("samples_per_second"), from_zero=True),
-        _Plot("wait", "Waiting for data", train("data_wait_share"), percent=True, from_zero=True),
-        _Plot("rate", "Learning rate", train("learning_rate"), from_zero=True, small=True),
-        _Plot("scale", "Logit scale", train("logit_scale"), small=True),
-        _Plot("norm", "Gradient norm", train("grad_norm"), small=True),
-    ]
-    return [plot for plot in plots if plot.series]
-
-
-def _curves(history: run_history.RunHistory) -> str:
-    plots = _plots(history)
-    large, small = (
-        "".join(_figure(plot, history) for plot in plots if plot.small is size)
-        for size in (False, True)
-    )
-    large = large and f'<div class="plots">{large}</div>'
-    return large + (small and f'<div class="plots small">{small}</div>')
-
-
-def _figure(plot: _Plot, history: run_history.RunHistory) -> str:
-    ends, spans, holes = [], [], 0
-    for series in plot.series:
-        finite = [y for y in series.values if math.isfinite(y)]
-        holes += len(series.values) - len(finite)
-        name = f"{_label(series.name)} " if len(plot.series) > 1 else ""
-        ends.append(name + plot.show(series.values[-1]))
-        if finite:
-            ordered = [plot.show(y) for y in (finite[0], finite[-1], min(finite), max(finite))]
-            spans.append("{}from {} to {}, least {}, greatest {}".format(name, *ordered))
-    caption = "last: " + ", ".join(ends) + (f"; {holes} not finite, not drawn" if holes else "")
-    alt = f"{plot.title} over {history.axis}: {'; '.join(spans) or 'no finite value'}"
-    title = f"<figcaption><strong>{plot.title}</strong> {_escape(caption)}</figcaption>"
-    return f"<figure>{title}{_svg(plot, history, alt)}</figure>"
-
-
-def _label(text: str, limit: int = 40) -> str:
-    # A drawing has no room for more, and XML none for control characters.
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def _svg(plot: _Plot, history: run_history.RunHistory, alt: str) -> str:
-    """Draws a panel as an SVG element that can share a document with others."""
-    try:
-        import matplotlib
-        from matplotlib import figure
-    except ImportError as error:
-        raise errors.UserError(
-            "the report draws its plots with matplotlib, which is not installed: "
-            "pip install 'clipa_t5x[report]'"
-        ) from error
-    drawn = io.StringIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # The browser has the fonts that draw it.
-        matplotlib.rcdefaults()  # A user's matplotlibrc must not reach in (usetex, styles).
-        matplotlib.rc("svg", fonttype="none", hashsalt=plot.key)
-        matplotlib.rc("font", size=9)
-        size = (3.7, 2.2) if plot.small else (5.6, 3.0)
-        drawing = figure.Figure(figsize=size, layout="constrained")
-        _draw(drawing.add_subplot(), plot, history)
-        drawing.savefig(drawn, format="svg", transparent=True)
-    return _inline(drawn.getvalue(), plot.key, alt)
-
-
-def _inline(svg: str, key: str, alt: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    for unwanted in ("<!--.*?-->", "<metadata>.*?</metadata>", r"<style\b.*?</style>"):
-        svg = re.sub(unwanted, "", svg, flags=re.DOTALL)
-    attributes = f'class="plot" role="img" aria-label="{_escape(alt)}"'
-    svg = re.sub(
-        r'<svg\b[^>]*(viewBox="[^"]*")[^>]*>', lambda m: f"<svg {attributes} {m[1]}>", svg, count=1
-    )
-    # Identifiers are one name space for the whole document.
-    svg = svg.replace('xlink:href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
-    svg = re.sub(r'(<[^<>]*\bid=")', rf"\g<1>{key}-", svg)
-    for name, (light, _) in _COLORS.items():
-        svg = svg.replace(f": {light}", f": var(--{name}, {light})")
-    return svg
-
-
-def _draw(axes: Any, plot: _Plot, history: run_history.RunHistory) -> None:
-    from matplotlib import ticker
-
-    handles = []
-    for index, series in enumerate(plot.series):
-        dash, color = divmod(index, len(_SERIES))
-        style: dict[str, Any] = {"color": _SERIES[color], "linestyle": _DASHES[dash % len(_DASHES)]}
-        segments = [sum(series.segments, [])] if series.sparse else series.segments
-        for segment in filter(None, segments):
-            points = [(x, y if math.isfinite(y) else math.nan) for x, y in _thin(segment)]
-            marker = "o" if len(points) == 1 or series.sparse and len(points) < 60 else ""
-            style |= {"marker": marker, "ms": 3.5, "lw": 1.5, "clip_on": False}
-            (line,) = axes.plot(*zip(*points, strict=True), **style)
-        handles.append(line)
-    low, high = history.spans[0][0], history.spans[-1][1]
-    axes.set_xlim(low, high if high > low else low + 1)
-    finite = [y for series in plot.series for y in series.values if math.isfinite(y)]
-    if plot.from_zero and finite and min(finite) >= 0:
-        axes.set_ylim(0, max(finite) * 1.08 or 1)
-    axes.grid(axis="y", color=_RULE, linewidth=0.5)
-    axes.tick_params(length=0, labelcolor=_QUIET)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[:].set_color(_RULE)
-    axes.set_axisbelow(True)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(ticker.MaxNLocator(4 if plot.small else 6))
-        axis.set_major_formatter(lambda value, _: run_history.format_compact(value))
-    if plot.percent:
-        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    if len(plot.series) > 1:
-        # Texts are set afterwards: matplotlib drops labels that begin with an underscore.
-        blanks = ["x" * len(_label(series.name)) for series in plot.series]
-        legend = axes.legend(handles, blanks, frameon=False)
-        for text, series in zip(legend.get_texts(), plot.series, strict=True):
-            text.set(text=_label(series.name), parse_math=False, color=_INK)
-    _mark_stages(axes, history, labelled=not plot.small)
-
-
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Averages neighbours until a panel's worth is left; a NaN among them stays a NaN."""
-    size = math.ceil(len(points) / _MAX_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    columns = (tuple(zip(*group, strict=True)) for group in groups)
-    return [(sum(x) / len(x), sum(y) / len(y)) for x, y in columns]
-
-
-def _mark_stages(axes: Any, history: run_history.RunHistory, labelled: bool) -> None:
-    """Plants a line with a flag where each stage begins; flags that would overlap go higher."""
-    if len(history.stages) < 2:
-        return
-    low, high = axes.get_xlim()
-    rows: list[float] = []  # How far to the right each row of flags is taken, in 0..1.
-    for stage, (start, end) in zip(history.stages, history.spans, strict=True):
-        if end <= start:
-            continue
-        text = _stage_label(stage)
-        # Text is drawn by the browser, in a font unknown here: its width can only be reckoned.
-        at, width = (start - low) / (high - low), 0.0125 * len(text)
-        leftward = at + width > 1
-        left = at - width if leftward else at
-        row = next((i for i, taken in enumerate(rows) if taken <= left), len(rows))
-        rows[row : row + 1] = [at if leftward else at + width]
-        top = 1.0 + (0.08 * (row + 1) if labelled else 0)
-        pole = {"transform": axes.transAxes, "color": _QUIET, "clip_on": False}
-        axes.plot([at, at], [0, top], linewidth=0.7, **pole)
-        if labelled:
-            side, gap = ("right", -0.008) if leftward else ("left", 0.008)
-            flag = axes.text(at + gap, top, text, ha=side, va="top", fontsize=8, **pole)
-            flag.set_parse_math(False)
-
-
-def _stage_label(stage: run_history.Stage) -> str:
-    pixels, tokens = stage.number("image_size"), stage.number("num_image_tokens_kept")
-    facts = [] if pixels is None else [f"{run_history.format_count(pixels)} px"]
-    facts += [] if tokens is None else [f"{run_history.format_count(tokens)} tokens"]
-    return " ".join([_label(stage.name, 16), " / ".join(facts)]).strip()
 
 
 def _gallery(history: run_history.RunHistory) -> str:
@@ -443,7 +210,7 @@ def _gallery_item(item: run_history.GalleryItem) -> str:
         alt = _escape(f"Rank {rank}, {verdict}: {image.caption}")
         picture = f'<img src="{image.source}" alt="{alt}">' if image.source else "no image"
         sign = "✓" if image.match else "✗"
-        score = run_history.MISSING if image.score is None else f"{image.score:.3f}"
+        score = run_summary.MISSING if image.score is None else f"{image.score:.3f}"
         cells.append(
             f'<li class="{verdict}"><figure><div class="frame">{picture}</div><figcaption>'
             f"<b>{sign} {score}</b> {_escape(image.caption)}</figcaption></figure></li>"
@@ -467,7 +234,7 @@ def _stage_files(history: run_history.RunHistory) -> str:
 def _fact(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return run_history.MISSING if value is None else str(value)
+    return run_summary.MISSING if value is None else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from clipa_t5x import errors, gin_utils, run_history
+from clipa_t5x import errors, gin_utils, run_history, run_summary
 
 ROOT = "clipa_t5x.schedule.Schedule"
 TRAIN_ROOT = "clipa_t5x.train.train"
@@ -95,7 +95,7 @@ def run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequenc
         gin_utils.get_root(TRAIN_ROOT)()
     if jax.process_index() == 0:
         history = run_history.load(schedule.model_dir)
-        print(run_history.format_table(run_history.summary_rows(history)))
+        print(run_summary.format_table(run_summary.summary_rows(history)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ LAYERS = [
     {"losses", "schedules", "partitioning", "towers", "metrics"},
     {"models", "optimizers", "data", "weights", "train_state"},
     {"trainer", "checkpoints", "evaluators", "model_info", "stage_info"}
-    | {"gin_utils", "gin_statements", "run_history"},
+    | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"},
     {"main", "train", "eval", "schedule", "report", "data.build"}
     | {"export", "precompile", "import_weights"},
 ]

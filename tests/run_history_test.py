@@ -4,20 +4,9 @@ import json
 import math
 
 import pytest
+from run_files import line, schedule_of, write
 
-from clipa_t5x import errors, run_history
-
-
-def line(step, group="train", **values):
-    return json.dumps({"step": step, "group": group, "time": 1.7e9 + step, "values": values}) + "\n"
-
-
-def write(folder, metrics, **info):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text(metrics)
-    if info:
-        (folder / "stage.json").write_text(json.dumps(info))
-    return folder
+from clipa_t5x import errors, run_history, run_summary
 
 
 def only_stage(folder):
@@ -44,7 +33,10 @@ def test_torn_last_line_is_ignored_without_complaint(tmp_path, cut):
 @pytest.mark.parametrize("cut", [1, 12, 30, 60])
 def test_record_appended_to_a_torn_line_is_kept(tmp_path, cut):
     stage = only_stage(
-        write(tmp_path, line(10, loss=3) + line(20, loss=2)[:cut] + line(15, loss=4))
+        write(
+            tmp_path,
+            line(10, loss=3) + line(20, loss=2)[:cut] + line(15, loss=4),
+        )
     )
     assert stage.points("train", "loss") == [(10, 3), (15, 4)]
     assert stage.problems == ()
@@ -76,52 +68,6 @@ def test_values_that_are_not_finite_or_not_numbers(tmp_path):
     assert math.isnan(record.time)
 
 
-def test_summary_of_a_run(tmp_path):
-    speeds = [5, 100, 300, 200, math.nan]
-    metrics = "".join(
-        line(10 * i, samples=640 * i, samples_per_second=speed) for i, speed in enumerate(speeds, 1)
-    )
-    metrics += line(30, "inference_eval/x", accuracy=0.25, num_examples=8)
-    metrics += line(50, "inference_eval/x", accuracy=0.5, num_examples=8)
-    metrics += line(50, "inference_eval/other", recall=1)
-    info = {"name": "low", "image_size": 32, "num_image_tokens": 16, "num_image_tokens_kept": 8}
-    info |= {"text_length": 8, "total_steps": 60, "completed": False, "wall_seconds": 12.25}
-    history = run_history.load(write(tmp_path, metrics, **info))
-    assert run_history.summary_rows(history) == [
-        {
-            "stage": "low",
-            "step": 50,
-            "total_steps": 60,
-            "completed": False,
-            "pixels": 32,
-            "tokens_kept": 8,
-            "tokens": 16,
-            "text_tokens": 8,
-            "samples": 3200,
-            "images_per_second": 200,
-            "zero_shot": {"x": 0.5},
-            "seconds": 12.25,
-        }
-    ]
-    header, rule, row = run_history.format_table(run_history.summary_rows(history)).split("\n")
-    assert header.split("  ")[0] == "stage" and set(rule) == {"-", " "}
-    assert row.startswith("low (step 50 of 60)  ")
-    assert row.split()[5:] == ["32", "8", "of", "16", "8", "3,200", "200", "50.0%", "12", "s"]
-
-
-def test_first_record_alone_tells_no_speed(tmp_path):
-    history = run_history.load(write(tmp_path, line(1, samples_per_second=3)))
-    assert run_history.summary_rows(history)[0]["images_per_second"] is None
-
-
-@pytest.mark.parametrize("info", ["", "{", "[]", "3", '{"image_size": "32", "completed": "yes"}'])
-def test_missing_and_mistaken_fields_show_dashes(tmp_path, info):
-    write(tmp_path, line(1, loss=1))
-    (tmp_path / "stage.json").write_text(info)
-    row = run_history.table_cells(run_history.summary_rows(run_history.load(tmp_path)))[1]
-    assert row == [tmp_path.name, *["-"] * 6]
-
-
 def test_numbers_too_large_for_a_float(tmp_path):
     write(tmp_path, f'{{"step": 1, "group": "train", "values": {{"loss": 1{"0" * 400}}}}}\n')
     (tmp_path / "stage.json").write_text(f'{{"batch_size": 1{"0" * 400}}}')
@@ -138,12 +84,6 @@ def test_samples_of_an_evaluation(tmp_path):
     assert only_stage(write(tmp_path / "c", line(4))).samples_at(4) is None
 
 
-def schedule_of(folder, *names):
-    folder.mkdir(exist_ok=True)
-    (folder / "schedule.json").write_text(json.dumps({"stages": names}))
-    return folder
-
-
 def test_samples_go_on_from_stage_to_stage(tmp_path):
     schedule_of(tmp_path, "b", "a", "not yet")
     for name, batch in (("b", 100), ("a", 7)):
@@ -153,7 +93,7 @@ def test_samples_go_on_from_stage_to_stage(tmp_path):
     assert history.axis == "samples"
     assert history.spans == ((0, 200), (200, 214), (214, 214))
     assert history.curve("train", "loss") == [[(100, 1), (200, 2)], [(207, 1), (214, 2)], []]
-    cells = run_history.table_cells(run_history.summary_rows(history))
+    cells = run_summary.table_cells(run_summary.summary_rows(history))
     assert cells[3] == ["not yet (not begun)", *["-"] * 6]
 
 
@@ -164,16 +104,6 @@ def test_steps_are_the_axis_when_samples_are_unknown(tmp_path):
     history = run_history.load(tmp_path)
     assert history.axis == "steps"
     assert history.curve("train", "loss") == [[(5, 1)], [(8, 2)]]
-
-
-def test_table_covers_evaluators_of_any_stage(tmp_path):
-    schedule_of(tmp_path, "a", "b")
-    write(tmp_path / "a", line(1, "inference_eval/x", accuracy=0.1))
-    write(tmp_path / "b", line(1, "inference_eval/y\x1b[2J", accuracy=1.0))
-    rows = run_history.summary_rows(run_history.load(tmp_path))
-    assert [list(row["zero_shot"].values()) for row in rows] == [[0.1, None], [None, 1.0]]
-    table = run_history.format_table(rows)
-    assert "\x1b" not in table and len({len(text) for text in table.split("\n")}) == 1
 
 
 def test_gallery_images_go_by_their_bytes(tmp_path):
@@ -217,27 +147,3 @@ def test_directories_without_a_run_are_told(tmp_path):
         run_history.load(schedule_of(tmp_path, "a"))
     with pytest.raises(errors.UserError, match="not a local path"):
         run_history.load("gs://bucket/run")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "-"), (8.24, "8.2 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s")]
-    + [(3600, "1 h 0 min"), (90000, "1 d 1 h"), (0, "0.0 s")],
-)
-def test_durations(seconds, text):
-    assert run_history.format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "full", "compact"),
-    [(0, "0", "0"), (999.9, "1,000", "1k"), (64000, "64,000", "64k"), (12.8e9, "12.8B", "12.8B")]
-    + [
-        (2.55, "2.5", "2.55"),
-        (1e7, "10M", "10M"),
-        (math.nan, "nan", "nan"),
-        (5e-4, "0.0", "0.0005"),
-    ],
-)
-def test_counts(value, full, compact):
-    assert run_history.format_count(value) == full
-    assert run_history.format_compact(value) == compact
