@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= data
 RUN ?= runs/shapes
-PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable
 
 # TensorFlow reads data here; what it says of absent GPUs helps nobody.
 export TF_CPP_MIN_LOG_LEVEL ?= 3

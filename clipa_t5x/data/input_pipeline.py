@@ -131,7 +131,7 @@ def _dataset(
     ds = ds.batch(len(rows), drop_remainder=True).prefetch(2)
     options = tf.data.Options()
     options.deterministic = True
-    options.autotune.enabled = True
+    options.autotune.enabled = False  # preprocessors.NUM_PARALLEL_CALLS says why
     return ds.with_options(options)
 
 

@@ -5,6 +5,7 @@ restart, prepares it.
 """
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ import seqio
 import tensorflow as tf
 
 from clipa_t5x.data import vocabularies
+
+# One call per core. Left to tf.data's autotuning, an iterator is deleted only when its tuning thread
+# next wakes, which after a minute of training takes as long again.
+NUM_PARALLEL_CALLS = os.cpu_count() or 1
 
 Example = Mapping[str, tf.Tensor]
 ImagePreprocessor = Callable[[tf.Tensor, int, tf.Tensor], tf.Tensor]
@@ -137,7 +142,7 @@ def parse_records(
     parse = functools.partial(
         parse_record, image_key=image_key, caption_key=caption_key, label_key=label_key
     )
-    return dataset.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return dataset.map(parse, num_parallel_calls=NUM_PARALLEL_CALLS, deterministic=True)
 
 
 def to_features(
@@ -164,7 +169,7 @@ def to_features(
         passed = {k: example[k] for k in ("index", "label", "caption") if k in example}
         return {**features, **passed}
 
-    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return dataset.map(convert, num_parallel_calls=NUM_PARALLEL_CALLS, deterministic=True)
 
 
 def image_text_preprocessors(
