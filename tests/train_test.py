@@ -105,25 +105,25 @@ def test_stage_2_takes_parameters_and_nothing_else(tmp_path):
     assert counts and all(int(count) == 1 for count in counts)
 
 
-def test_digits_are_learnt(tmp_path):
+def test_digits_are_learnt(workspace, tmp_path):
     """A short real training on real handwriting, through a hand-over of stages."""
     first, second = str(tmp_path / "stage1"), str(tmp_path / "stage2")
-    short = ["CHECKPOINT_PERIOD = None", "EVAL_PERIOD = 1000", "LOG_PERIOD = 10"]
-    experiments.train(
-        "digits_stage1", f"MODEL_DIR = {first!r}", "TRAIN_STEPS = 150", "BATCH_SIZE = 64",
-        "EVAL_BATCH_SIZE = 64", "LEARNING_RATE = 1e-3", *short,
-    )  # fmt: skip
-    experiments.train(
-        "digits_stage2", f"MODEL_DIR = {second!r}", f"INITIAL_CHECKPOINT_PATH = {first!r}",
-        "TRAIN_STEPS = 40", "BATCH_SIZE = 64", "EVAL_BATCH_SIZE = 64", *short,
-    )  # fmt: skip
+    short = [f"--gin.{b}" for b in ("CHECKPOINT_PERIOD=None", "EVAL_PERIOD=1000")]
+    for arguments in (
+        [f"--gin_file={experiments.GIN}/digits_stage1.gin", f"--gin.MODEL_DIR={first!r}",
+         "--gin.TRAIN_STEPS=160"],
+        [f"--gin_file={experiments.GIN}/digits_stage2.gin", f"--gin.MODEL_DIR={second!r}",
+         "--gin.TRAIN_STEPS=40", f"--gin.INITIAL_CHECKPOINT_PATH={first!r}"],
+    ):  # fmt: skip
+        done = experiments.run(experiments.command("train", *arguments, *short), workspace)
+        assert done.returncode == 0, done.stderr[-4000:]
     losses = experiments.records(first, "train")
-    assert losses[150]["loss"] < 0.8 * losses[10]["loss"]
+    assert losses[160]["loss"] < 0.8 * losses[20]["loss"]
     accuracy = [experiments.records(d, "inference_eval/digit") for d in (first, second)]
-    assert accuracy[0][150]["accuracy"] > 0.4
-    assert accuracy[1][40]["accuracy"] > 0.5
+    assert accuracy[0][160]["accuracy"] > 0.8
+    assert accuracy[1][40]["accuracy"] > 0.8
     # The second stage begins where the first ended, not from scratch.
-    assert experiments.records(second, "train")[10]["loss"] < losses[20]["loss"]
+    assert experiments.records(second, "train")[20]["loss"] < losses[20]["loss"]
     gallery = json.loads((pathlib.Path(second) / "gallery.json").read_text())
     assert len(gallery["items"]) == 12
 
