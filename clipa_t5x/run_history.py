@@ -70,7 +70,7 @@ class Stage:
     """One run: its records by group, and the files beside them.
 
     Attributes:
-        name: The stage's own name, else its directory's.
+        name: Its directory's.
         directory: Where it was read from.
         info: `stage.json` as it stands; read it by `number` and `text`, which bear missing fields.
         records: Group to its records, by ascending step, one for each step.
@@ -248,9 +248,8 @@ def _load_stage(folder: pathlib.Path) -> Stage:
     problems: list[str] = []
     info = _read_object(folder / STAGE_FILE, problems)
     gallery = _read_object(folder / GALLERY_FILE, problems)
-    name = info.get("name")
     return Stage(
-        name=name if isinstance(name, str) and name else folder.resolve().name,
+        name=folder.resolve().name,
         directory=folder,
         info=info,
         records=_read_records(folder / METRICS_FILE, problems),

@@ -16,7 +16,6 @@ from clipa_t5x.towers import token_reduction
 class StageInfo:
     """What a report says about a stage; `stage.json` in MODEL_DIR."""
 
-    name: str
     model: str
     num_params: int
     image_size: int
@@ -28,6 +27,11 @@ class StageInfo:
     total_steps: int
     devices: str
     initial_checkpoint: str | None
+
+    @property
+    def resolution(self) -> str:
+        """How console lines name the stage, as in '84 px / 8 tokens'."""
+        return f"{self.image_size} px / {self.text_length} tokens"
 
     @classmethod
     def collect(
@@ -45,7 +49,6 @@ class StageInfo:
         ratio = getattr(model.image_tower, "mask_ratio", 0.0)
         device = jax.devices()[0]
         return cls(
-            name=f"{size} px / {dataset_cfg.task_feature_lengths['text']} tokens",
             model=type(model.image_tower).__name__,
             num_params=model_info.num_params(abstract_params),
             image_size=size,

@@ -254,7 +254,7 @@ class Progress:
             )
         rates = self.timer.lap(step, self.clock.stalled_seconds)
         values = {**means, **rates}
-        metrics.log_progress(self._info.name, step, self._info.total_steps, values)
+        metrics.log_progress(self._info.resolution, step, self._info.total_steps, values)
         del values["seconds_left"]
         values["samples"] = step * self._info.batch_size
         self._writer.write(step, metrics.GROUP_TRAIN, values)

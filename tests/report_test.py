@@ -74,12 +74,11 @@ def metric_lines(stage, rng, start):
 
 def write_run(folder, stage=STAGES[0], start=1.7e9, gallery=False):
     """Writes a run as the trainer does and returns its metric lines."""
-    name, pixels, kept, tokens, text, batch, steps, speed, _, _ = stage
+    _, pixels, kept, tokens, text, batch, steps, speed, _, _ = stage
     folder.mkdir(parents=True)
-    lines = metric_lines(stage, random.Random(name), start)
+    lines = metric_lines(stage, random.Random(stage[0]), start)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     info = {
-        "name": name,
         "model": "ClipModel",
         "num_params": 5_412_353,
         "image_size": pixels,

@@ -16,9 +16,9 @@ def test_summary_of_a_run(tmp_path):
     metrics += line(30, "inference_eval/x", accuracy=0.25, num_examples=8)
     metrics += line(50, "inference_eval/x", accuracy=0.5, num_examples=8)
     metrics += line(50, "inference_eval/other", recall=1)
-    info = {"name": "low", "image_size": 32, "num_image_tokens": 16, "num_image_tokens_kept": 8}
+    info = {"image_size": 32, "num_image_tokens": 16, "num_image_tokens_kept": 8}
     info |= {"text_length": 8, "total_steps": 60, "completed": False}
-    history = run_history.load(write(tmp_path, metrics, **info))
+    history = run_history.load(write(tmp_path / "low", metrics, **info))
     assert run_summary.summary_rows(history) == [
         {
             "stage": "low",

@@ -15,8 +15,8 @@ import tensorflow as tf
 
 from clipa_t5x.data import vocabularies
 
-# One call per core. Left to tf.data's autotuning, an iterator is deleted only when its tuning thread
-# next wakes, which after a minute of training takes as long again.
+# One call per core. Left to tf.data's autotuning, an iterator is deleted only when its tuning
+# thread next wakes, which after a minute of training takes as long again.
 NUM_PARALLEL_CALLS = os.cpu_count() or 1
 
 Example = Mapping[str, tf.Tensor]
