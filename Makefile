@@ -22,7 +22,7 @@ digits: $(VENV)/.installed-test ## The same on real handwriting
 	$(BIN)/python -m clipa_t5x.report --model_dir=runs/digits
 
 test: lint ## Linter, formatter, types and the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -56,19 +56,26 @@ def command(verb: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"clipa_t5x.{verb}", f"--gin_search_paths={GIN}", *arguments]
 
 
-def environment(num_devices: int) -> dict[str, str]:
-    """An environment with that many virtual CPU devices."""
+def environment(num_devices: int, optimized: bool = False) -> dict[str, str]:
+    """An environment with that many virtual CPU devices; unoptimized programs compile faster."""
     flags = f"--xla_force_host_platform_device_count={num_devices}"
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    fast = {} if optimized else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return {**os.environ, **fast, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 
-def run(arguments: list[str], cwd: str, num_devices: int = 1, timeout: int = 300):
+def run(
+    arguments: list[str],
+    cwd: str,
+    num_devices: int = 1,
+    timeout: int = 300,
+    optimized: bool = False,
+):
     """Runs a command to its end."""
     return subprocess.run(
         arguments,
         cwd=cwd,
-        env=environment(num_devices),
+        env=environment(num_devices, optimized),
         capture_output=True,
         text=True,
         timeout=timeout,
