@@ -107,9 +107,9 @@ def main():
     ratios = [b / a for a, b in zip(seconds["bare"], seconds["loop"], strict=True)]
     low, middle, high = (100 * (r - 1) for r in statistics.quantiles(ratios))
     print(f"jitted step alone: {1e3 * bare:.1f} ms   in the training loop: {1e3 * loop:.1f} ms")
-    print(f"overhead outside the jitted step: {100 * (loop / bare - 1):+.1f} % (ratio of medians of "
-          f"{args.pairs} interleaved segments of {args.steps} steps; pair by pair {middle:+.1f} %, "
-          f"quartiles {low:+.1f} to {high:+.1f} %)")  # fmt: skip
+    print(f"overhead outside the jitted step: {100 * (loop / bare - 1):+.1f} % "
+          f"(ratio of medians of {args.pairs} interleaved segments of {args.steps} steps; "
+          f"pair by pair {middle:+.1f} %, quartiles {low:+.1f} to {high:+.1f} %)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ parallel, fully sharded, tensor parallel and both at once are tables, never code
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 from flax.linen import spmd
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -86,7 +88,8 @@ class PjitPartitioner:
         `data` axis takes the devices that remain.
       logical_axis_rules: see `standard_logical_axis_rules`.
       intended_mesh: {'replica': r, 'data': d, 'model': m} that the recipe is meant for: what a dry
-        run shows where nothing else is asked for.
+        run shows where nothing else is asked for, and the mesh of a run on that many devices whose
+        num_partitions and num_replicas are left at 1.
       devices: the devices of the mesh; None for all devices of all processes.
     """
 
@@ -106,19 +109,31 @@ class PjitPartitioner:
           UserError: the number of devices is not a multiple of the fixed axes' sizes.
         """
         devices = jax.devices() if self.devices is None else self.devices
-        fixed = self.num_partitions * self.num_replicas
-        if min(self.num_partitions, self.num_replicas) < 1 or len(devices) % fixed:
-            raise UserError(
-                f"PjitPartitioner.num_partitions {self.num_partitions} x num_replicas "
-                f"{self.num_replicas} does not divide the {len(devices)} devices present: choose "
-                f"sizes whose product is a divisor of {len(devices)}."
-            )
-        shape = (self.num_replicas, len(devices) // fixed, self.num_partitions)
         return Mesh(
-            mesh_utils.create_device_mesh(shape, devices),
+            mesh_utils.create_device_mesh(self._mesh_sizes(len(devices)), devices),
             MESH_AXES,
             axis_types=(AxisType.Auto,) * len(MESH_AXES),
         )
+
+    def _mesh_sizes(self, num_devices: int) -> tuple[int, ...]:
+        fixed = self.num_partitions * self.num_replicas
+        if min(self.num_partitions, self.num_replicas) < 1 or num_devices % fixed:
+            raise UserError(
+                f"PjitPartitioner.num_partitions {self.num_partitions} x num_replicas "
+                f"{self.num_replicas} does not divide the {num_devices} devices present: choose "
+                f"sizes whose product is a divisor of {num_devices}."
+            )
+        derived = (self.num_replicas, num_devices // fixed, self.num_partitions)
+        if not self.intended_mesh or fixed > 1:
+            return derived
+        intended = tuple(self.abstract_mesh(self.intended_mesh).shape.values())
+        if math.prod(intended) == num_devices:
+            return intended
+        logging.warning(
+            "MESH is %s, and there are %d devices: using %s.",
+            dict(self.intended_mesh), num_devices, dict(zip(MESH_AXES, derived, strict=True)),
+        )  # fmt: skip
+        return derived
 
     def abstract_mesh(self, shape: Mapping[str, int] | None = None) -> AbstractMesh:
         """A mesh without devices: of `shape`, else the intended one, else that of this machine."""

@@ -80,7 +80,7 @@ def train(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
-    check_vocabulary(model, train_dataset_cfg)
+    check_data(model, train_dataset_cfg)
     writer = metrics.MetricsWriter(model_dir)
     summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
@@ -189,12 +189,14 @@ def finished(
     return state
 
 
-def check_vocabulary(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> None:
-    """Refuses a vocabulary with more ids than the token table has rows; jax would clamp them.
+def check_data(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> None:
+    """Refuses, before anything is compiled, shards and vocabularies that cannot be trained with.
 
     Raises:
-      UserError: names both sizes.
+      UserError: a shard is missing, empty or damaged; or the vocabulary has more ids than the token
+        table has rows, which jax would clamp.
     """
+    input_pipeline.num_examples(cfg)
     rows = getattr(model.text_tower, "vocab_size", None)
     size = input_pipeline.vocabulary_size(cfg)
     if rows is not None and size is not None and size > rows:

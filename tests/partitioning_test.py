@@ -127,6 +127,18 @@ def test_sizes_that_do_not_divide_the_devices_are_refused(partitions, replicas):
         _ = partitioning.PjitPartitioner(partitions, replicas).mesh
 
 
+def test_the_intended_mesh_is_taken_where_it_fits_the_devices():
+    def sizes(**kwargs):
+        return tuple(partitioning.PjitPartitioner(**kwargs).mesh.shape.values())
+
+    fits, too_large = {"replica": 2, "data": 2, "model": 2}, {"data": 256}
+    assert sizes(intended_mesh=fits) == (2, 2, 2)
+    assert sizes(intended_mesh=fits, num_partitions=4) == (1, 2, 4)
+    assert sizes(intended_mesh=too_large) == (1, 8, 1)
+    with pytest.raises(errors.UserError, match="mesh axes .'fsdp'. are unknown"):
+        sizes(intended_mesh={"fsdp": 8})
+
+
 def test_an_abstract_mesh_is_what_is_asked_for_else_intended_else_present():
     here = partitioning.PjitPartitioner(num_partitions=2)
     assert dict(here.abstract_mesh().shape) == {"replica": 1, "data": 4, "model": 2}
