@@ -45,16 +45,17 @@ class StageInfo:
         """Gathers them from the run's parts; towers of other kinds leave out what they lack."""
         size = dataset_cfg.task_feature_lengths["images"]
         patch_size = getattr(model.image_tower, "patch_size", None)
-        tokens = (size // patch_size) ** 2 if patch_size else None
+        grid = (size // patch_size,) * 2 if patch_size else None
         ratio = getattr(model.image_tower, "mask_ratio", 0.0)
+        strategy = getattr(model.image_tower, "mask_strategy", "random")
         device = jax.devices()[0]
         return cls(
             model=type(model.image_tower).__name__,
             num_params=model_info.num_params(abstract_params),
             image_size=size,
             patch_size=patch_size,
-            num_image_tokens=tokens,
-            num_image_tokens_kept=token_reduction.num_kept(tokens, ratio) if tokens else None,
+            num_image_tokens=grid and grid[0] * grid[1],
+            num_image_tokens_kept=grid and token_reduction.num_kept(grid, ratio, strategy),
             text_length=dataset_cfg.task_feature_lengths["text"],
             batch_size=dataset_cfg.batch_size,
             total_steps=total_steps,

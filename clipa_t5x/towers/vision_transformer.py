@@ -94,7 +94,8 @@ class VisionTransformer(nn.Module):
         of the first call).
       pooling: 'gap' (mean of the patch tokens, then LayerNorm), 'tok' (LayerNorm, then the class
         token), 'map' (attention pooling), 'none' (the class token without a norm).
-      mask_ratio: share of the patches dropped at random in training; never in evaluation.
+      mask_ratio: share of the patches dropped in training; never in evaluation.
+      mask_strategy: 'random', 'grid' or 'block', see `token_reduction.mask`.
       activation: 'gelu_tanh' or 'gelu_exact'.
       layer_norm_epsilon: added to the variance.
       drop_path_rate, scan_layers, remat_policy, init_style, init_depth: see `layers.Encoder`.
@@ -110,6 +111,7 @@ class VisionTransformer(nn.Module):
     position_embedding: str = "sincos2d"
     pooling: str = "gap"
     mask_ratio: float = 0.0
+    mask_strategy: str = "random"
     activation: str = "gelu_tanh"
     layer_norm_epsilon: float = 1e-6
     drop_path_rate: float = 0.0
@@ -136,11 +138,12 @@ class VisionTransformer(nn.Module):
             "class_token", layers.partitioned(nn.initializers.zeros, "embed"), (self.width,)
         )
         positions = self._position_table(rows, columns).astype(self.dtype)
-        patches = x.reshape(batch, rows * columns, self.width) + positions[1:]
+        patches = x + positions[1:].reshape(rows, columns, self.width)
         if train and self.mask_ratio > 0:
-            patches = token_reduction.random_mask(
-                self.make_rng("patch_mask"), patches, self.mask_ratio
+            patches = token_reduction.mask(
+                self.make_rng("patch_mask"), patches, self.mask_ratio, self.mask_strategy
             )
+        patches = patches.reshape(batch, -1, self.width)
         first = jnp.broadcast_to(
             class_token.astype(self.dtype) + positions[0], (batch, 1, self.width)
         )
