@@ -39,6 +39,8 @@ class ClipModel(nn.Module):
       loss: function of (image embeddings, text embeddings, logit scale, weights) that returns a
         float32 scalar and a dictionary of scalar metrics; see `clipa_t5x.losses`.
       init_logit_scale: first value of the logits' factor. The parameter is its logarithm.
+      init_logit_bias: first value of the logits' learned offset, passed to the loss as
+        `logit_bias`; None for losses that take none.
       image_mean, image_std: per channel, on the scale 0-255, applied to uint8 images on device.
     """
 
@@ -46,6 +48,7 @@ class ClipModel(nn.Module):
     text_tower: Any
     loss: Callable[..., Any] = losses.softmax_contrastive
     init_logit_scale: float = 1 / 0.07
+    init_logit_bias: float | None = None
     image_mean: Sequence[float] = IMAGENET_MEAN
     image_std: Sequence[float] = IMAGENET_STD
 
@@ -54,6 +57,10 @@ class ClipModel(nn.Module):
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(np.log(self.init_logit_scale)), ()
         )
+        if self.init_logit_bias is not None:
+            self.logit_bias = self.param(
+                "logit_bias", nn.initializers.constant(self.init_logit_bias), ()
+            )
 
     def embed_images(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """uint8 (or normalised float) [batch, height, width, 3] to unit float32 [batch, joint]."""
@@ -88,6 +95,7 @@ class ClipModel(nn.Module):
             self.embed_text(batch["text"], train=train),
             scale,
             batch.get("weights"),
+            **({} if self.init_logit_bias is None else {"logit_bias": self.logit_bias}),
         )
         return loss, {"loss": loss, "logit_scale": scale, **metrics}
 

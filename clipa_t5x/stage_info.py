@@ -45,17 +45,21 @@ class StageInfo:
         """Gathers them from the run's parts; towers of other kinds leave out what they lack."""
         size = dataset_cfg.task_feature_lengths["images"]
         patch_size = getattr(model.image_tower, "patch_size", None)
-        grid = (size // patch_size,) * 2 if patch_size else None
-        ratio = getattr(model.image_tower, "mask_ratio", 0.0)
-        strategy = getattr(model.image_tower, "mask_strategy", "random")
+        tokens = kept = None
+        if patch_size:
+            grid = (size // patch_size, size // patch_size)
+            ratio = getattr(model.image_tower, "mask_ratio", 0.0)
+            strategy = getattr(model.image_tower, "mask_strategy", "random")
+            tokens = grid[0] * grid[1]
+            kept = token_reduction.num_kept(grid, ratio, strategy)
         device = jax.devices()[0]
         return cls(
             model=type(model.image_tower).__name__,
             num_params=model_info.num_params(abstract_params),
             image_size=size,
             patch_size=patch_size,
-            num_image_tokens=grid and grid[0] * grid[1],
-            num_image_tokens_kept=grid and token_reduction.num_kept(grid, ratio, strategy),
+            num_image_tokens=tokens,
+            num_image_tokens_kept=kept,
             text_length=dataset_cfg.task_feature_lengths["text"],
             batch_size=dataset_cfg.batch_size,
             total_steps=total_steps,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipa_t5x import losses
+from clipa_t5x import losses, partitioning
 
 SCALE = 1 / 0.07
 
@@ -31,6 +31,91 @@ def _reference(images, texts, scale=SCALE):
         return np.mean(np.log(np.exp(x).sum(axis=1)) - np.diagonal(x))
 
     return 0.5 * (cross_entropy(logits) + cross_entropy(logits.T))
+
+
+def _sigmoid(images, texts, scale=SCALE, weights=None, **kwargs):
+    return losses.sigmoid_contrastive(
+        jnp.asarray(images), jnp.asarray(texts), jnp.asarray(scale, jnp.float32), weights,
+        logit_bias=jnp.asarray(-10.0), **kwargs,
+    )  # fmt: skip
+
+
+def _softmax(images, texts, scale=SCALE, weights=None, **kwargs):
+    return losses.softmax_contrastive(
+        jnp.asarray(images), jnp.asarray(texts), jnp.asarray(scale, jnp.float32), weights, **kwargs
+    )
+
+
+BOTH = pytest.mark.parametrize("loss", [_softmax, _sigmoid], ids=["softmax", "sigmoid"])
+
+
+@BOTH
+@pytest.mark.parametrize("num_chunks", [2, 4, 16])
+def test_a_chunked_loss_is_the_plain_one(loss, num_chunks):
+    images, texts = _unit(16, 8, 0), _unit(16, 8, 1)
+    weights = jnp.asarray([1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], jnp.float32)
+
+    def value_and_grad(chunks, weights):
+        def run(x, y, s):
+            return loss(x, y, s, weights, num_chunks=chunks)
+
+        return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(images, texts, SCALE)
+
+    for chosen in (None, weights):
+        plain, chunked = value_and_grad(1, chosen), value_and_grad(num_chunks, chosen)
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(chunked), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@BOTH
+def test_chunks_that_do_not_divide_are_refused(loss):
+    for num_chunks in (0, 3):
+        with pytest.raises(ValueError, match=f"num_chunks is {num_chunks}; it must divide .* 8"):
+            loss(_unit(8, 4, 0), _unit(8, 4, 1), num_chunks=num_chunks)
+
+
+@BOTH
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_eight_devices_equal_one(loss, num_chunks):
+    images, texts = _unit(64, 8, 0), _unit(64, 8, 1)
+
+    def value_and_grad(x, y, s):
+        def run(x, y, s):
+            return loss(x, y, s, num_chunks=num_chunks)[0]
+
+        return jax.value_and_grad(run, (0, 1, 2))(x, y, s)
+
+    partitioner = partitioning.PjitPartitioner()
+    assert partitioner.mesh.size == 8
+    with partitioner.activate():
+        rows = jax.device_put((images, texts), partitioner.batch_sharding())
+        sharded = jax.jit(value_and_grad)(*rows, SCALE)
+    plain = jax.jit(value_and_grad)(images, texts, SCALE)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(sharded), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_chunks_bound_the_memory(loss):
+    def temporaries(num_chunks):
+        def run(x, y):
+            return loss(x, y, num_chunks=num_chunks)[0]
+
+        x = jax.ShapeDtypeStruct((2048, 8), jnp.float32)
+        compiled = jax.jit(jax.grad(run, (0, 1))).lower(x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    plain, chunked = temporaries(1), temporaries(16)
+    assert plain >= 4 * 2048 * 2048  # at least the logits themselves
+    assert chunked < plain / 8
+
+
+def test_sigmoid_contrastive_is_the_papers():
+    images, texts = _unit(12, 8, 0), _unit(12, 8, 1)
+    logits = SCALE * images.astype(np.float64) @ texts.astype(np.float64).T - 10.0
+    signs = 2 * np.eye(12) - 1
+    expected = np.sum(np.log1p(np.exp(-signs * logits))) / 12
+    np.testing.assert_allclose(_sigmoid(images, texts)[0], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, SCALE, 100.0])

@@ -175,6 +175,25 @@ def test_the_call_is_the_loss_of_both_embeddings(tiny_model, tiny_batch, params)
     assert metrics["logit_scale"] == pytest.approx(float(jnp.exp(params["logit_scale"])))
 
 
+def test_the_sigmoid_loss_learns_its_bias(tiny_model, tiny_batch, random_params):
+    model = tiny_model(loss=losses.sigmoid_contrastive, init_logit_bias=-10.0)
+    batch = tiny_batch()
+    params = {**random_params(model, batch), "logit_bias": jnp.asarray(-2.5)}
+    loss, metrics = model.apply({"params": params}, batch)
+    bound = model.bind({"params": params})
+    expected, _ = losses.sigmoid_contrastive(
+        bound.embed_images(batch["images"]),
+        bound.embed_text(batch["text"]),
+        metrics["logit_scale"],
+        logit_bias=jnp.asarray(-2.5),
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    grads = jax.grad(lambda p: model.apply({"params": p}, batch)[0])(params)
+    assert float(jnp.abs(grads["logit_bias"])) > 0
+    fresh = nn.unbox(model.init(jax.random.key(0), batch))["params"]
+    assert float(fresh["logit_bias"]) == -10.0
+
+
 def test_training_loss_is_a_function_of_its_key(tiny_model, tiny_batch, params):
     model, batch = tiny_model(image={"mask_ratio": 0.5}), tiny_batch()
     loss = jax.jit(lambda key: models.training_loss(model, params, batch, key)[0])
