@@ -31,8 +31,9 @@ def evaluate(
       partitioner: as for `train.train`.
       train_dataset_cfg: as for `train.train`.
       evaluators: as for `train.train`.
-      model_dir: where results are written (`metrics.jsonl`, TensorBoard).
+      model_dir: of the run.
       checkpoint: a MODEL_DIR or one checkpoint's folder; None takes the newest in `model_dir`.
+        Results are written (`metrics.jsonl`, TensorBoard) to the MODEL_DIR that holds it.
       **_: the other arguments of `train.train`, which are not used.
 
     Returns:
@@ -53,9 +54,11 @@ def evaluate(
         f"{source}/{checkpoints.PREFIX}_{step}", trainer.abstract_state.params
     )[0]
     logging.info("Evaluating %s after step %d.", source, step)
-    writer = metrics.MetricsWriter(model_dir)
+    writer = metrics.MetricsWriter(source)
+    # The gallery is the run's last word: an earlier checkpoint leaves it.
+    gallery_dir = source if step == checkpoints.locate(source)[1] else None
     embed = train_lib.embed_functions(trainer, layout)
-    results = train_lib.run_evaluators(evaluators, params, embed, writer, step, model_dir)
+    results = train_lib.run_evaluators(evaluators, params, embed, writer, step, gallery_dir)
     writer.close()
     return results
 

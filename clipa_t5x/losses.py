@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import spmd
 
+from clipa_t5x.errors import UserError
+
 _LEAST = jnp.finfo(jnp.float32).min
 
 
@@ -40,7 +42,7 @@ def softmax_contrastive(
       similar of the batch}.
 
     Raises:
-      ValueError: num_chunks does not divide the batch.
+      UserError: num_chunks does not divide the batch.
     """
     images = image_embeddings.astype(jnp.float32)
     texts = text_embeddings.astype(jnp.float32)
@@ -93,7 +95,7 @@ def sigmoid_contrastive(
       As `softmax_contrastive`.
 
     Raises:
-      ValueError: num_chunks does not divide the batch.
+      UserError: num_chunks does not divide the batch.
     """
     images = image_embeddings.astype(jnp.float32)
     texts = text_embeddings.astype(jnp.float32)
@@ -138,7 +140,7 @@ def _by_blocks(
     """
     batch = len(rows[0])
     if num_chunks < 1 or batch % num_chunks:
-        raise ValueError(f"num_chunks is {num_chunks}; it must divide the batch of {batch}.")
+        raise UserError(f"num_chunks is {num_chunks}; it must divide the batch of {batch}.")
     if num_chunks == 1:
         return block(carry, rows)
 

@@ -225,7 +225,9 @@ def parse_gin(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
 
 
 def _train() -> None:
-    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    # A dry run writes nothing and restores nothing.
+    unused = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None"] if _FLAGS.dry_run else []
+    parse_gin(_FLAGS.gin_file, [*unused, *_FLAGS.gin_bindings])
     if _FLAGS.dry_run:
         from clipa_t5x import train
 

@@ -17,8 +17,12 @@ def steps_from_samples(samples: int, batch_size: int) -> int:
     CLIPA's recipes state samples: 12,811,632,640 at batch 65,536 are 195,490 steps.
 
     Raises:
-      UserError: there is not one whole batch.
+      UserError: one of them is no whole number of at least 1, or there is not one whole batch.
     """
+    for name, value in (("TRAIN_SAMPLES", samples), ("BATCH_SIZE", batch_size)):
+        # 1.28e8 is a whole number too, and how large counts are written.
+        if not isinstance(value, int | float) or value < 1 or value != int(value):
+            raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     steps = int(samples) // int(batch_size)
     if steps < 1:
         raise UserError(
@@ -42,6 +46,8 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> Sched
     Raises:
       UserError: the warm-up is not shorter than the run.
     """
+    if not isinstance(peak, int | float) or peak < 0:
+        raise UserError(f"LEARNING_RATE is {peak!r}; it must be a number of at least 0.")
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"WARMUP_STEPS is {warmup_steps} and TRAIN_STEPS is {total_steps}: the warm-up must be "

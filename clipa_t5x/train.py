@@ -5,6 +5,7 @@ update, log, evaluate, save. Evaluation comes before saving, so that a run kille
 the evaluation rather than lose it.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -73,25 +74,26 @@ def train(
     Raises:
       UserError: something given does not fit together; see its message.
     """
-    check_arguments(model_dir, total_steps, eval_period, stats_period)
-    train_dataset_cfg.check_feature_lengths()
+    check_arguments(model_dir, total_steps, eval_period, stats_period, checkpoint_cfg)
     batch_spec = train_dataset_cfg.batch_spec()
     trainer = trainer_cls(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
-    check_data(model, train_dataset_cfg)
-    writer = metrics.MetricsWriter(model_dir)
-    summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
+    check_data(model, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
-    write_model_info(model_dir, trainer, partitioner, train_dataset_cfg, info)
-    restore, data = checkpoint_cfg.restore, train_dataset_cfg
-    state, position = starting_state(trainer, checkpointer, restore, data, random_seed)
+    state, position = starting_state(
+        trainer, checkpointer, checkpoint_cfg.restore, train_dataset_cfg, random_seed
+    )
     if int(state.step) >= total_steps:
         return finished(state, total_steps, model_dir, info)
+    writer = metrics.MetricsWriter(model_dir)
+    # Only now: a start that is refused leaves what an earlier one wrote.
+    summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
+    write_model_info(model_dir, trainer, partitioner, batch_spec, info)
     steps = range(int(state.step) + 1, total_steps + 1)
     logging.info("Training steps %d to %d in %s.", steps[0], total_steps, model_dir)
     train_step = compile_train_step(trainer)
@@ -100,7 +102,7 @@ def train(
     progress = Progress(writer, info, steps[0] - 1)
     batches = input_pipeline.TrainIterator(train_dataset_cfg, layout, position)
     updates = training_steps(state, train_step, batches, progress.clock, steps)
-    try:
+    with contextlib.closing(batches), contextlib.closing(progress.clock):
         for step, state, step_metrics in updates:
             progress.add(step_metrics)
             if step % stats_period == 0 or step == total_steps:
@@ -108,10 +110,8 @@ def train(
             if step % eval_period == 0 or step == total_steps:
                 progress.timer.pause(evaluate(step, state.params, step == total_steps))
             if checkpointer.is_due(step, total_steps):
+                progress.check_finite(step)
                 checkpointer.save(step, state, batches.state())
-    finally:
-        batches.close()
-        progress.clock.close()
     checkpointer.close()
     writer.close()
     info.write(model_dir, completed=True)
@@ -148,7 +148,13 @@ def training_steps(
         yield step, state, step_metrics
 
 
-def check_arguments(model_dir: str, total_steps: int, eval_period: int, stats_period: int) -> None:
+def check_arguments(
+    model_dir: str,
+    total_steps: int,
+    eval_period: int,
+    stats_period: int,
+    checkpoint_cfg: checkpoints.CheckpointConfig,
+) -> None:
     """Refuses what cannot be trained with.
 
     Raises:
@@ -157,9 +163,11 @@ def check_arguments(model_dir: str, total_steps: int, eval_period: int, stats_pe
     if not model_dir:
         raise UserError("MODEL_DIR is empty: add --gin.MODEL_DIR=\"'runs/mine'\" to the command.")
     periods = {"TRAIN_STEPS": total_steps, "EVAL_PERIOD": eval_period, "LOG_PERIOD": stats_period}
+    if checkpoint_cfg.save.period is not None:
+        periods["CHECKPOINT_PERIOD"] = checkpoint_cfg.save.period
     for name, value in periods.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} is {value!r}; it must be an integer of at least 1.")
 
 
 def compile_train_step(trainer: trainer_lib.Trainer) -> Callable[..., Any]:
@@ -189,14 +197,22 @@ def finished(
     return state
 
 
-def check_data(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> None:
+def check_data(
+    model: models.ClipModel,
+    cfg: input_pipeline.DatasetConfig,
+    eval_cfg: input_pipeline.DatasetConfig | None,
+    evaluators: Mapping[str, evaluator.Evaluator],
+) -> None:
     """Refuses, before anything is compiled, shards and vocabularies that cannot be trained with.
 
     Raises:
-      UserError: a shard is missing, empty or damaged; or the vocabulary has more ids than the token
-        table has rows, which jax would clamp.
+      UserError: a shard is missing, empty or damaged; an evaluator lacks what it needs; or the
+        vocabulary has more ids than the token table has rows, which jax would clamp.
     """
-    input_pipeline.num_examples(cfg)
+    for each in filter(None, (cfg, eval_cfg)):
+        input_pipeline.num_examples(each)
+    for item in evaluators.values():
+        item.check()
     rows = getattr(model.text_tower, "vocab_size", None)
     size = input_pipeline.vocabulary_size(cfg)
     if rows is not None and size is not None and size > rows:
@@ -241,19 +257,32 @@ class Progress:
         """Keeps a step's metrics, on the device, until the next `log`."""
         self._pending.append(step_metrics)
 
+    def check_finite(self, step: int) -> dict[str, float]:
+        """The means over the steps since the last `log`; waits for the device.
+
+        Where an update's norms are finite, so are the parameters after it: they may be saved.
+
+        Raises:
+          UserError: the loss or a norm is not a finite number.
+        """
+        means = metrics.mean(self._pending) if self._pending else {}
+        bad = {name: value for name, value in means.items() if not np.isfinite(value)}
+        if bad:
+            name, value = next((n, bad[n]) for n in ("loss", *bad) if n in bad)
+            raise UserError(
+                f"the {name} is {value} at step {step}: training has diverged. Lower LEARNING_RATE "
+                "or lengthen WARMUP_STEPS, and start again from the last checkpoint."
+            )
+        return means
+
     def log(self, step: int) -> None:
         """Writes the means over the steps since the last call.
 
         Raises:
-          UserError: the loss is not a finite number.
+          UserError: as `check_finite`.
         """
-        means = metrics.mean(self._pending)
+        means = self.check_finite(step)
         self._pending.clear()
-        if not np.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is {means['loss']} at step {step}: training has diverged. Lower "
-                "LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint."
-            )
         rates = self.timer.lap(step, self.clock.stalled_seconds)
         values = {**means, **rates}
         metrics.log_progress(self._info.resolution, step, self._info.total_steps, values)
@@ -338,7 +367,7 @@ def write_model_info(
     model_dir: str,
     trainer: trainer_lib.Trainer,
     partitioner: partitioning.PjitPartitioner,
-    dataset_cfg: input_pipeline.DatasetConfig,
+    batch_spec: Mapping[str, jax.ShapeDtypeStruct],
     info: stage_info.StageInfo,
 ) -> None:
     """Writes `model-info.txt` and `stage.json`; process 0 only."""
@@ -347,7 +376,7 @@ def write_model_info(
         text = model_info.describe(
             trainer.abstract_state,
             partitioner.logical_axes(trainer.boxed_params),
-            dataset_cfg.batch_spec(),
+            batch_spec,
             partitioner,
             trainer.mesh,
         )
@@ -375,7 +404,6 @@ def describe(
       mesh_shape: axis sizes; the recipe's intended mesh where None.
       **_: the other arguments of `train`, which only had to be constructible.
     """
-    train_dataset_cfg.check_feature_lengths()
     mesh = partitioner.abstract_mesh(mesh_shape)
     trainer = trainer_lib.Trainer(
         model=model,

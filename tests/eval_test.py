@@ -18,5 +18,9 @@ def test_a_checkpoint_is_evaluated_as_in_training(tmp_path, monkeypatch):
     assert eval_lib.evaluate(**arguments)["digit"] == in_training[4]
     earlier = eval_lib.evaluate(**arguments, checkpoint=f"{run}/checkpoint_2")
     assert earlier["digit"] == in_training[2]
+    # Another run's results belong to that run.
+    other = {**arguments, "model_dir": str(tmp_path / "other")}
+    assert eval_lib.evaluate(**other, checkpoint=run)["digit"] == in_training[4]
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="no complete checkpoint at .*checkpoint_3 .*checkpoint_4"):
         eval_lib.evaluate(**arguments, checkpoint=f"{run}/checkpoint_3")

@@ -67,11 +67,12 @@ def test_importing_the_doors_starts_nothing():
     assert result.stdout.strip() == "{}"
 
 
-def test_dry_run_prints_the_table(capsys, monkeypatch):
+def test_dry_run_prints_the_table_and_needs_no_model_dir(capsys, monkeypatch):
     monkeypatch.chdir(experiments.REPOSITORY)
     with pytest.raises(SystemExit) as exit_:
-        main.run("train", [STAGE1, "--gin.MODEL_DIR='x'", "--dry_run", "--mesh=data=4,model=2",
-                           "--compilation_cache_dir="])  # fmt: skip
+        main.run(
+            "train", [STAGE1, "--dry_run", "--mesh=data=4,model=2", "--compilation_cache_dir="]
+        )
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert "mesh: replica=1, data=4, model=2 (8 devices)" in out

@@ -150,6 +150,14 @@ def test_a_finished_run_has_nothing_to_do(tmp_path):
         ("digits_stage1", ["MIXTURE_OR_TASK_NAME = 'digit'"], "'digit', which is not a registered"),
         ("digits_stage1", ["WARMUP_STEPS = 5"], "WARMUP_STEPS is 5 and TRAIN_STEPS is 3"),
         ("digits_stage1", ["LOG_PERIOD = 0"], "LOG_PERIOD is 0"),
+        ("digits_stage1", ["CHECKPOINT_PERIOD = 0"], "CHECKPOINT_PERIOD is 0"),
+        ("digits_stage1", ["EVAL_PERIOD = '2'"], "EVAL_PERIOD is '2'"),
+        ("digits_stage1", ["BATCH_SIZE = '64'"], "BATCH_SIZE is '64'"),
+        ("digits_stage1", ["BATCH_SIZE = 64.0"], "BATCH_SIZE is 64.0"),
+        ("digits_stage1", ["LEARNING_RATE = '1e-3'"], "LEARNING_RATE is '1e-3'"),
+        ("digits_stage1", ["CAPTION_KEY = 'text'"], "have no field 'text'; their fields are"),
+        ("digits_stage1", ["IMAGE_MASK_RATIO = 1.0"], r"mask_ratio is 1.0; it must be in \[0, 1\)"),
+        ("digits_stage1", ["digit/ZeroShotClassification.class_names_path = 'gone'"], "gone"),
         ("digits_stage1", ["TextTransformer.vocab_size = 20"], "vocab_size is 20"),
         ("digits_stage1", ["TASK_FEATURE_LENGTHS = {'images': 16}"], "'text' must be"),
         ("digits_stage2", ["INITIAL_CHECKPOINT_PATH = 'gone'"], "no complete checkpoint at gone"),
@@ -164,16 +172,26 @@ def test_bad_input_is_refused_in_a_line(tmp_path, experiment, bindings, message)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    """And the start that was refused leaves what the one before it wrote."""
     experiments.train("digits_stage1", *overrides(tmp_path / "run", TRAIN_STEPS=2))
+    described = ("config.gin", "stage.json", "model-info.txt")
+    before = [(tmp_path / "run" / name).read_text() for name in described]
     other = [*overrides(tmp_path / "run", TRAIN_STEPS=4), "VisionTransformer.mlp_dim = 48"]
     with pytest.raises(UserError, match=r"image_tower/encoder/layers_0/mlp/fc1/kernel is \(32, 64"):
         experiments.train("digits_stage1", *other)
+    assert before == [(tmp_path / "run" / name).read_text() for name in described]
 
 
-def test_a_diverged_run_stops(tmp_path):
-    macros = overrides(tmp_path / "run", TRAIN_STEPS=30, WARMUP_STEPS=0, LEARNING_RATE=1e30)
-    with pytest.raises(UserError, match="the loss is nan at step"):
+def test_a_diverged_run_stops_and_saves_no_such_parameters(tmp_path):
+    """Also where metrics are not yet due when the checkpoint is."""
+    macros = overrides(tmp_path / "run", TRAIN_STEPS=30, LEARNING_RATE=1e30, LOG_PERIOD=30,
+                       CHECKPOINT_PERIOD=1)  # fmt: skip
+    with pytest.raises(UserError, match="is (nan|inf) at step .* diverged"):
         experiments.train("digits_stage1", *macros)
+    for path in (tmp_path / "run").glob("checkpoint_*"):
+        state = experiments.saved_state(tmp_path / "run", int(path.name.split("_")[1]))
+        params = {k: v for k, v in state.items() if k.startswith("params/")}
+        assert params and all(np.isfinite(value).all() for value in params.values())
 
 
 def test_describe_lays_bigg_on_its_mesh_without_allocating_it():

@@ -55,26 +55,27 @@ class DatasetConfig:
     max_examples: int | None = None
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a global training batch; reads no data."""
-        size, length = self.task_feature_lengths["images"], self.task_feature_lengths["text"]
+        """Shapes and dtypes of a global training batch; reads no data.
+
+        Raises:
+          UserError: the lengths lack images or text, or one of the numbers cannot be a size.
+        """
+        size, length = (self._feature_length(key) for key in ("images", "text"))
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise UserError(f"BATCH_SIZE is {self.batch_size!r}; it must be a positive integer.")
         return {
             "images": jax.ShapeDtypeStruct((self.batch_size, size, size, 3), np.uint8),
             "text": jax.ShapeDtypeStruct((self.batch_size, length), np.int32),
         }
 
-    def check_feature_lengths(self) -> None:
-        """Refuses lengths without images and text.
-
-        Raises:
-          UserError: names the missing or unusable entry.
-        """
-        for key in ("images", "text"):
-            length = self.task_feature_lengths.get(key)
-            if not isinstance(length, int) or length < 1:
-                raise UserError(
-                    f"TASK_FEATURE_LENGTHS is {dict(self.task_feature_lengths)}: {key!r} must be "
-                    "a positive integer, as in {'images': 84, 'text': 8}."
-                )
+    def _feature_length(self, key: str) -> int:
+        length = self.task_feature_lengths.get(key)
+        if not isinstance(length, int) or length < 1:
+            raise UserError(
+                f"TASK_FEATURE_LENGTHS is {dict(self.task_feature_lengths)}: {key!r} must be "
+                "a positive integer, as in {'images': 84, 'text': 8}."
+            )
+        return length
 
 
 @dataclasses.dataclass(frozen=True)

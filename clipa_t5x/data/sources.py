@@ -8,12 +8,17 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import seqio
 import tensorflow as tf
+from google.protobuf import message
 
 from clipa_t5x.data import record_index
 from clipa_t5x.errors import UserError
 
 # What `img2dataset` writes when a split is a folder of its own.
 SPLIT_FOLDERS = {"train": "train/*.tfrecord*", "validation": "validation/*.tfrecord*"}
+
+
+# Enough to tell a misspelt field from one that some records lack, as captions may be lacking.
+_RECORDS_TO_LOOK_AT = 32
 
 
 @runtime_checkable
@@ -61,6 +66,7 @@ class TFRecordSource(seqio.DataSource):
         data_dir: str,
         splits: Mapping[str, str] | None = None,
         index_dir: str | None = None,
+        fields: Sequence[str] = (),
     ):
         """Describes the data; touches no file.
 
@@ -68,10 +74,12 @@ class TFRecordSource(seqio.DataSource):
           data_dir: folder of the data set, local or gs://.
           splits: split name -> glob pattern under `data_dir`. The default is `SPLIT_FOLDERS`.
           index_dir: where to keep the record index; the default is a folder in `data_dir`.
+          fields: names of fields that the records must have; not each of them every record.
         """
         self._data_dir = data_dir
         self._patterns = dict(splits or SPLIT_FOLDERS)
         self._index_dir = index_dir or os.path.join(data_dir, ".record_index")
+        self._fields = tuple(fields)
         super().__init__(
             splits=tuple(self._patterns), caching_permitted=False, performs_internal_shuffling=True
         )
@@ -104,9 +112,34 @@ class TFRecordSource(seqio.DataSource):
 
     @functools.cache  # noqa: B019  sources live as long as the registry of tasks
     def index(self, split: str) -> record_index.RecordIndex:
-        """The record index of a split, built at the first call."""
+        """The record index of a split, built at the first call.
+
+        Raises:
+          UserError: a shard is missing, empty or damaged, or records lack the fields asked for.
+        """
         shards = self.list_shards(split)
-        return record_index.load(shards, os.path.join(self._index_dir, split.replace("/", "_")))
+        index = record_index.load(shards, os.path.join(self._index_dir, split.replace("/", "_")))
+        if self._fields:
+            self._check_fields(index, shards[0])
+        return index
+
+    def _check_fields(self, index: record_index.RecordIndex, shard: str) -> None:
+        """Refuses field names that none of the first records has: training would read nothing."""
+        present: set[str] = set()
+        for record in index.read(np.arange(min(len(index), _RECORDS_TO_LOOK_AT))):
+            try:
+                present.update(tf.train.Example.FromString(record).features.feature)
+            except message.DecodeError as error:
+                raise UserError(
+                    f"{shard} holds records that are no tf.train.Example: write the data set with "
+                    "img2dataset's output_format=tfrecord."
+                ) from error
+        if missing := [field for field in self._fields if field not in present]:
+            raise UserError(
+                f"the records of {shard} have no field {missing[0]!r}; their fields are "
+                f"{', '.join(sorted(present)) or 'none'}: set IMAGE_KEY, CAPTION_KEY or the task's "
+                "label_key to one of them."
+            )
 
     def num_input_examples(self, split: str) -> int:
         """Number of records in a split."""

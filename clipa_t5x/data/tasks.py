@@ -41,14 +41,16 @@ def image_text_task(
     features: dict[str, seqio.utils.Feature] = {"images": images}
     if vocabulary is not None:
         features["text"] = seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32)
+    caption = caption_key if vocabulary is not None else None
+    fields = (image_key, caption, label_key)
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
-        source=sources.TFRecordSource(data_dir, splits, index_dir),
+        source=sources.TFRecordSource(data_dir, splits, index_dir, [f for f in fields if f]),
         preprocessors=preprocessors.image_text_preprocessors(
             image_preprocessor=image_preprocessor,
             image_key=image_key,
-            caption_key=caption_key if vocabulary is not None else None,
+            caption_key=caption,
             label_key=label_key,
         ),
         output_features=features,

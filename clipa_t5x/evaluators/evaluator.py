@@ -40,6 +40,14 @@ def gather(x: jax.Array, layout: input_pipeline.BatchLayout) -> np.ndarray:
 class Evaluator(Protocol):
     """Scalars for a set of parameters."""
 
+    def check(self) -> None:
+        """Refuses, before training begins, files and data that `evaluate` could not use.
+
+        Raises:
+          UserError: names them.
+        """
+        ...
+
     def evaluate(
         self, params: Any, embed: EmbedFunctions, output_dir: str | None
     ) -> Mapping[str, float]:

@@ -31,6 +31,14 @@ class RetrievalGallery:
     num_captions: int = 12
     num_images: int = 5
 
+    def check(self) -> None:
+        """Reads the data's index.
+
+        Raises:
+          UserError: the data are missing or damaged.
+        """
+        input_pipeline.num_examples(self.dataset_cfg)
+
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None
     ) -> Mapping[str, float]:

@@ -67,6 +67,15 @@ class ZeroShotClassification:
     templates_path: str
     vocabulary: vocabularies.BertVocabulary
 
+    def check(self) -> None:
+        """Reads the class names, the templates and the data's index.
+
+        Raises:
+          UserError: one of them is missing or not what it should be.
+        """
+        prompts.prompts(self.class_names_path, self.templates_path)
+        input_pipeline.num_examples(self.dataset_cfg)
+
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None
     ) -> Mapping[str, float]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
+from clipa_t5x.errors import UserError
+
 Initializer = Callable[..., Any]
 DTypeLike = Any
 
@@ -33,9 +35,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 def choose(kind: str, name: str, options: dict[str, Any]) -> Any:
-    """Returns `options[name]`; raises `ValueError` that lists the options where there is none."""
+    """Returns `options[name]`; raises `UserError` that lists the options where there is none."""
     if name not in options:
-        raise ValueError(f"{kind} is {name!r}; it must be one of {sorted(options)}.")
+        raise UserError(f"{kind} is {name!r}; it must be one of {sorted(options)}.")
     return options[name]
 
 
@@ -143,7 +145,7 @@ class MultiHeadAttention(nn.Module):
         """
         width = queries.shape[-1]
         if width % self.num_heads:
-            raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}.")
+            raise UserError(f"width {width} is not a multiple of num_heads {self.num_heads}.")
 
         head_dim = width // self.num_heads
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from clipa_t5x.errors import UserError
+
 
 def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
     """The image tower's fixed position table (MoCo v3's layout, as CLIPA uses it).
@@ -19,7 +21,7 @@ def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
       float32 [1 + height * width, dim], patches in row-major order.
     """
     if dim % 4 or dim < 8:
-        raise ValueError(
+        raise UserError(
             f"sincos2d needs a tower width that is a multiple of 4 and >= 8; it is {dim}."
         )
     quarter = dim // 4
@@ -39,7 +41,7 @@ def sincos_1d(length: int, dim: int) -> np.ndarray:
       float32 [length, dim].
     """
     if dim % 2 or dim < 4:
-        raise ValueError(f"sincos1d needs an even tower width >= 4; it is {dim}.")
+        raise UserError(f"sincos1d needs an even tower width >= 4; it is {dim}.")
     half = dim // 2
     angles = np.arange(length)[:, None] * np.exp(-np.arange(half) * np.log(10_000.0) / (half - 1))
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)

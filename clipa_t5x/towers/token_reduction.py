@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipa_t5x.errors import UserError
 from clipa_t5x.towers import layers
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -28,15 +29,15 @@ def num_kept(grid: Grid, mask_ratio: float, strategy: str = "random") -> int:
       strategy: 'random', 'grid' or 'block'.
 
     Raises:
-      ValueError: the ratio is out of range or would keep no patch at all, or the strategy is
+      UserError: the ratio is out of range or would keep no patch at all, or the strategy is
         unknown.
     """
     if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio is {mask_ratio}; it must be in [0, 1).")
+        raise UserError(f"mask_ratio is {mask_ratio}; it must be in [0, 1).")
     num_patches = grid[0] * grid[1]
     kept = int(num_patches * (1.0 - mask_ratio))
     if kept < 1:
-        raise ValueError(f"mask_ratio {mask_ratio} keeps none of {num_patches} patches.")
+        raise UserError(f"mask_ratio {mask_ratio} keeps none of {num_patches} patches.")
     counts = {
         "random": lambda: kept,
         "grid": lambda: kept,
@@ -84,7 +85,7 @@ def mask(rng: jax.Array, patches: jax.Array, mask_ratio: float, strategy: str) -
       [batch, num_kept((rows, columns), mask_ratio, strategy), width].
 
     Raises:
-      ValueError: as `num_kept`.
+      UserError: as `num_kept`.
     """
     batch, rows, columns, width = patches.shape
     grid = (rows, columns)

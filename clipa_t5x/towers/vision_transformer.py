@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax.linen import spmd
 
+from clipa_t5x.errors import UserError
 from clipa_t5x.towers import layers, position_embeddings, token_reduction
 
 
@@ -13,11 +14,11 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Rows and columns of whole patches in an image; what is left over is dropped.
 
     Raises:
-      ValueError: the image is smaller than one patch.
+      UserError: the image is smaller than one patch.
     """
     grid = height // patch_size, width // patch_size
     if 0 in grid:
-        raise ValueError(
+        raise UserError(
             f"image size {height} x {width} is smaller than one patch of {patch_size} pixels."
         )
     if height % patch_size or width % patch_size:

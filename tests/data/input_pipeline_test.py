@@ -84,7 +84,7 @@ def test_batch_spec_reads_nothing():
 ])  # fmt: skip
 def test_unusable_feature_lengths(lengths, key):
     with pytest.raises(UserError) as caught:
-        tiny_records.config("x", task_feature_lengths=lengths).check_feature_lengths()
+        tiny_records.config("x", task_feature_lengths=lengths).batch_spec()
     message = str(caught.value)
     assert "\n" not in message
     for part in ("TASK_FEATURE_LENGTHS", str(lengths), repr(key), "positive integer"):
@@ -92,7 +92,7 @@ def test_unusable_feature_lengths(lengths, key):
 
 
 def test_usable_feature_lengths():
-    tiny_records.config("x").check_feature_lengths()
+    tiny_records.config("x").batch_spec()
 
 
 def test_num_examples(task):

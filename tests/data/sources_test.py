@@ -192,3 +192,17 @@ def test_a_tfrecord_source_is_positional(source):
     assert isinstance(source, sources.PositionalSource)
     other = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"])
     assert not isinstance(other, sources.PositionalSource)
+
+
+def test_misspelt_fields_are_refused_before_anything_is_read(tmp_path):
+    tiny_records.write(tmp_path)
+    sources.TFRecordSource(str(tmp_path), fields=["jpg", "txt"]).index("train")
+    source = sources.TFRecordSource(str(tmp_path), fields=["jpg", "caption"])
+    with pytest.raises(UserError, match="no field 'caption'; their fields are .*jpg.*txt"):
+        source.index("train")
+
+
+def test_records_of_another_kind_are_refused(tmp_path):
+    record_writer.write_shards(tmp_path / "train", [b"\xffno example"] * 3, 1)
+    with pytest.raises(UserError, match="no tf.train.Example"):
+        sources.TFRecordSource(str(tmp_path), fields=["jpg"]).index("train")
