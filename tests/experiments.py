@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import jaxlib
 import numpy as np
 
 from clipa_t5x import checkpoints, gin_utils
@@ -61,6 +62,8 @@ def environment(num_devices: int, optimized: bool = False) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={num_devices}"
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     fast = {} if optimized else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    if not optimized and jaxlib.__version__.startswith("0.10."):  # as conftest.compile_fast
+        flags += " --xla_cpu_use_fusion_emitters=false"
     return {**os.environ, **fast, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 

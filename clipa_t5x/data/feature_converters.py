@@ -6,6 +6,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from clipa_t5x.data import preprocessors
+
 FeatureSpec = seqio.FeatureConverter.FeatureSpec
 IMAGES = FeatureSpec(dtype=tf.uint8, rank=3, sequence_dim=0)
 TEXT = FeatureSpec(dtype=tf.int32, rank=1, sequence_dim=0)
@@ -36,7 +38,7 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
             images = tf.ensure_shape(example["images"], [size, size, 3])
             return {**{key: example[key] for key in wanted}, "images": images}
 
-        return ds.map(convert)
+        return ds.map(preprocessors.as_written(convert))
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tensorflow as tf
 
-from clipa_t5x.data import feature_converters, tasks
+from clipa_t5x.data import feature_converters, preprocessors, tasks
 from clipa_t5x.errors import UserError
 
 HostBatch = Mapping[str, np.ndarray]
@@ -126,7 +126,9 @@ def _dataset(
         return source.examples_at(cfg.split, indices, shuffle=cfg.shuffle, seed=cfg.seed)
 
     limit = np.iinfo(np.int64).max if num_steps is None else num_steps
-    ds = tf.data.Dataset.range(limit).map(fetch, num_parallel_calls=2, deterministic=True)
+    ds = tf.data.Dataset.range(limit).map(
+        preprocessors.as_written(fetch), num_parallel_calls=2, deterministic=True
+    )
     ds = task.preprocess_postcache(ds.unbatch(), cfg.task_feature_lengths)
     ds, _ = feature_converters.convert(ds, cfg.task_feature_lengths)
     ds = ds.batch(len(rows), drop_remainder=True).prefetch(2)

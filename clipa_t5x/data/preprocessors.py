@@ -19,6 +19,10 @@ from clipa_t5x.data import vocabularies
 # thread next wakes, which after a minute of training takes as long again.
 NUM_PARALLEL_CALLS = os.cpu_count() or 1
 
+# For functions that datasets map: autograph would read the source of all they call, seconds at
+# every start, to find no Python loop or branch over tensors in it.
+as_written = tf.autograph.experimental.do_not_convert
+
 Example = Mapping[str, tf.Tensor]
 ImagePreprocessor = Callable[[tf.Tensor, int, tf.Tensor], tf.Tensor]
 
@@ -142,7 +146,7 @@ def parse_records(
     parse = functools.partial(
         parse_record, image_key=image_key, caption_key=caption_key, label_key=label_key
     )
-    return dataset.map(parse, num_parallel_calls=NUM_PARALLEL_CALLS, deterministic=True)
+    return dataset.map(as_written(parse), num_parallel_calls=NUM_PARALLEL_CALLS, deterministic=True)
 
 
 def to_features(
@@ -169,7 +173,9 @@ def to_features(
         passed = {k: example[k] for k in ("index", "label", "caption") if k in example}
         return {**features, **passed}
 
-    return dataset.map(convert, num_parallel_calls=NUM_PARALLEL_CALLS, deterministic=True)
+    return dataset.map(
+        as_written(convert), num_parallel_calls=NUM_PARALLEL_CALLS, deterministic=True
+    )
 
 
 def image_text_preprocessors(
