@@ -57,6 +57,12 @@ flags.DEFINE_string(
     "eval: a MODEL_DIR or a checkpoint_<step> folder; default: the newest in MODEL_DIR.",
     flag_values=_FLAGS,
 )
+flags.DEFINE_boolean(
+    "accept_recipe_changes",
+    False,
+    "schedule: go on where a stage's configuration is not the one that trained it so far.",
+    flag_values=_FLAGS,
+)
 flags.DEFINE_string(
     "compilation_cache_dir",
     os.path.join(os.path.expanduser("~"), ".cache", "clipa_t5x", "compilation"),
@@ -247,7 +253,12 @@ def _eval() -> None:
 def _schedule() -> None:
     from clipa_t5x import schedule
 
-    schedule.run(_FLAGS.gin_file, _FLAGS.gin_bindings, _FLAGS.gin_search_paths)
+    schedule.run(
+        _FLAGS.gin_file,
+        _FLAGS.gin_bindings,
+        _FLAGS.gin_search_paths,
+        _FLAGS.accept_recipe_changes,
+    )
 
 
 if __name__ == "__main__":

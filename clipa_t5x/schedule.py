@@ -5,21 +5,38 @@ schedule goes on in whatever stage it was stopped.
 """
 
 import dataclasses
+import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 
 import jax
 from absl import logging
 from etils import epath
 
-from clipa_t5x import errors, gin_utils, run_history, run_summary
+from clipa_t5x import checkpoints, errors, gin_utils, run_history, run_summary
 
 ROOT = "clipa_t5x.schedule.Schedule"
 TRAIN_ROOT = "clipa_t5x.train.train"
 
 # Macros of the schedule itself; every other override goes to all stages.
 OWN_MACROS = ("MODEL_DIR", "STAGES")
+
+# A stage's configuration as it was when the stage was last gone on with. Unlike config.gin, which
+# training writes later, it holds no defaults of what only training calls.
+RECIPE_FILE = "recipe.gin"
+
+# What may change under a run: where it lies, and when it reports and saves.
+FREE_MACROS = (
+    "MODEL_DIR",
+    "INITIAL_CHECKPOINT_PATH",
+    "LOG_PERIOD",
+    "EVAL_PERIOD",
+    "CHECKPOINT_PERIOD",
+    "KEEP_CHECKPOINTS",
+)
+_FREE = re.compile(rf"({'|'.join(FREE_MACROS)}) = ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +55,20 @@ class Schedule:
         """'stage1' for number 0."""
         return f"stage{number + 1}"
 
+    def stage_dir(self, number: int) -> str:
+        """The MODEL_DIR of a stage."""
+        return os.path.join(self.model_dir, self.stage_name(number))
+
     def bindings(self, number: int) -> list[str]:
         """What the schedule adds to a stage's own configuration."""
-        here = os.path.join(self.model_dir, self.stage_name(number))
-        bindings = [f"MODEL_DIR = {here!r}"]
+        bindings = [f"MODEL_DIR = {self.stage_dir(number)!r}"]
         if number > 0:
-            before = os.path.join(self.model_dir, self.stage_name(number - 1))
-            bindings.append(f"INITIAL_CHECKPOINT_PATH = {before!r}")
+            bindings.append(f"INITIAL_CHECKPOINT_PATH = {self.stage_dir(number - 1)!r}")
         return bindings
 
     def is_completed(self, number: int) -> bool:
         """Whether a stage has been trained to its end."""
-        path = epath.Path(self.model_dir) / self.stage_name(number) / run_history.STAGE_FILE
+        path = epath.Path(self.stage_dir(number)) / run_history.STAGE_FILE
         return path.exists() and bool(json.loads(path.read_text()).get("completed"))
 
     def write(self) -> None:
@@ -61,16 +80,23 @@ class Schedule:
             (directory / run_history.SCHEDULE_FILE).write_text(json.dumps({"stages": names}) + "\n")
 
 
-def run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]) -> None:
+def run(
+    gin_files: Sequence[str],
+    bindings: Sequence[str],
+    search_paths: Sequence[str],
+    accept_recipe_changes: bool = False,
+) -> None:
     """Trains every stage that is not completed, then prints the table of all.
 
     Args:
       gin_files: the schedule's, see gin/engine/schedule.gin.
       bindings: overrides: MODEL_DIR and STAGES of the schedule, all others of each stage.
       search_paths: for gin files.
+      accept_recipe_changes: go on where a stage, completed or not, was trained by another recipe.
 
     Raises:
-      UserError: anything in any stage's configuration is refused; no stage has begun then.
+      UserError: anything in any stage's configuration is refused, or is not what its MODEL_DIR was
+        trained by; no stage has begun then.
     """
     own = [b for b in bindings if b.partition("=")[0].strip() in OWN_MACROS]
     shared = [b for b in bindings if b not in own]
@@ -79,23 +105,65 @@ def run(gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequenc
     if not schedule.stages:
         raise errors.UserError(f"STAGES of {gin_files[-1]} is empty: list the stages' gin files.")
 
-    def parse(number: int) -> None:
+    def parse(number: int) -> str:
+        """Puts a stage's configuration in force and returns it as resolved."""
         stage_bindings = [*schedule.bindings(number), *shared]
         gin_utils.parse([schedule.stages[number]], stage_bindings, search_paths, root=TRAIN_ROOT)
+        gin_utils.build_arguments(TRAIN_ROOT)
+        return gin_utils.operative_config()
 
     for number in range(len(schedule.stages)):
-        parse(number)
+        recipe = parse(number)
+        if not accept_recipe_changes:
+            refuse_changes(schedule.stage_dir(number), recipe)
     schedule.write()
     for number, stage in enumerate(schedule.stages):
         if schedule.is_completed(number):
             logging.info("%s (%s) is completed.", schedule.stage_name(number), stage)
             continue
         logging.info("%s of %d: %s", schedule.stage_name(number), len(schedule.stages), stage)
-        parse(number)
+        write_recipe(schedule.stage_dir(number), parse(number))
         gin_utils.get_root(TRAIN_ROOT)()
     if jax.process_index() == 0:
         history = run_history.load(schedule.model_dir)
         print(run_summary.format_table(run_summary.summary_rows(history)))
+
+
+def differences(before: str, after: str) -> list[str]:
+    """Lines that two resolved configurations do not share: '- as it was', '+ as it is'.
+
+    The macros in `FREE_MACROS` do not count.
+    """
+    old, new = ([line for line in text.splitlines() if not _FREE.match(line)]
+                for text in (before, after))  # fmt: skip
+    diff = difflib.unified_diff(old, new, lineterm="", n=0)
+    return [f"{line[0]} {line[1:].strip()}" for line in list(diff)[2:] if line[0] in "+-"]
+
+
+def refuse_changes(model_dir: str, recipe: str) -> None:
+    """Compares a stage's configuration with the one that trained what is in `model_dir`.
+
+    Raises:
+      UserError: they differ; the message ends with the lines that do.
+    """
+    recorded = epath.Path(model_dir) / RECIPE_FILE
+    if not recorded.exists() or not checkpoints.all_steps(model_dir):
+        return
+    if lines := differences(recorded.read_text(), recipe):
+        text = "\n  ".join(lines)
+        raise errors.UserError(
+            f"the recipe of {model_dir} has changed since it trained there (- then, + now): undo "
+            f"the change, take another MODEL_DIR, or go on all the same with "
+            f"--accept_recipe_changes.\n  {text}"
+        )
+
+
+def write_recipe(model_dir: str, recipe: str) -> None:
+    """Records what trains a stage from here on; process 0 only."""
+    if jax.process_index() == 0:
+        directory = epath.Path(model_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECIPE_FILE).write_text(recipe)
 
 
 if __name__ == "__main__":

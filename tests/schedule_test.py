@@ -42,6 +42,25 @@ def test_stages_follow_each_other_and_a_second_start_goes_on(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_a_changed_recipe_is_refused_with_its_difference(tmp_path):
+    """Also of a stage that is completed; when to report and where to lie is no recipe."""
+    one_stage = "STAGES = ['gin/digits_stage1.gin']"
+    run(tmp_path / "run", one_stage)
+    with pytest.raises(UserError, match="stage1 has changed") as caught:
+        run(tmp_path / "run", one_stage, "LEARNING_RATE = 0.5", "LOG_PERIOD = 1")
+    assert str(caught.value).splitlines()[1:] == [
+        "  - LEARNING_RATE = 0.0015",
+        "  + LEARNING_RATE = 0.5",
+    ]
+    run(tmp_path / "run", one_stage, "EVAL_PERIOD = 2", "KEEP_CHECKPOINTS = 1")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run(tmp_path / "moved", one_stage)
+    arguments = [[SCHEDULE], [f"MODEL_DIR = '{tmp_path}/moved'", one_stage, *experiments.MINIATURE,
+                              "TRAIN_STEPS = 3", "LEARNING_RATE = 0.5"]]  # fmt: skip
+    paths = [str(experiments.GIN), str(experiments.REPOSITORY)]
+    schedule.run(*arguments, paths, accept_recipe_changes=True)
+
+
 def test_every_stage_is_checked_before_the_first_begins(tmp_path):
     with pytest.raises(UserError, match="IMAGE_MASK_RATO"):
         run(tmp_path / "run", "IMAGE_MASK_RATO = 0.1")
@@ -50,3 +69,38 @@ def test_every_stage_is_checked_before_the_first_begins(tmp_path):
     with pytest.raises(UserError, match="STAGES of .* is empty"):
         run(tmp_path / "run", "STAGES = []")
     assert not pathlib.Path(tmp_path / "run" / "stage1").exists()
+
+
+BEFORE = """BATCH_SIZE = 64
+LOG_PERIOD = 10
+MODEL_DIR = 'here'
+
+optimizers.adamw:
+    b1 = 0.9
+    weight_decay = %WEIGHT_DECAY
+"""
+
+
+def test_equal_configurations_do_not_differ():
+    assert schedule.differences(BEFORE, BEFORE) == []
+
+
+def test_differences_are_the_lines_that_changed():
+    after = BEFORE.replace("64", "128").replace("b1 = 0.9", "b1 = 0.8") + "new.parameter = 1\n"
+    assert schedule.differences(BEFORE, after) == [
+        "- BATCH_SIZE = 64",
+        "+ BATCH_SIZE = 128",
+        "- b1 = 0.9",
+        "+ b1 = 0.8",
+        "+ new.parameter = 1",
+    ]
+
+
+def test_places_and_periods_may_change():
+    after = BEFORE.replace("LOG_PERIOD = 10", "LOG_PERIOD = 20").replace("'here'", "'there'")
+    assert schedule.differences(BEFORE, after) == []
+
+
+def test_a_run_without_checkpoints_may_change(tmp_path):
+    schedule.write_recipe(str(tmp_path), BEFORE)
+    schedule.refuse_changes(str(tmp_path), "BATCH_SIZE = 1")
