@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from clipa_t5x import schedules
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 
 Params = Any
+
+MU_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,8 @@ def adamw(
         None does not. CLIPA's JAX program did not.
 
     Raises:
-      UserError: a pattern in `decayed` or `frozen` is not a regular expression.
+      UserError: a pattern in `decayed` or `frozen` is not a regular expression, `mu_dtype` is no
+        floating dtype, or a number is none or negative.
     """
     for pattern in (*decayed, *frozen):
         try:
@@ -83,6 +86,9 @@ def adamw(
             raise UserError(
                 f"{pattern!r} in optimizers.adamw is not a regular expression: {error}."
             ) from error
+    if mu_dtype not in MU_DTYPES:
+        raise UserError(f"MU_DTYPE is {mu_dtype!r}; it must be one of {list(MU_DTYPES)}.")
+    check_number("WEIGHT_DECAY", weight_decay, minimum=0)
     clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
     limit = [clamp_logit_scale(max_logit_scale)] if max_logit_scale else []
     freeze = [optax.masked(optax.set_to_zero(), by_name(frozen))] if frozen else []

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 
 Schedule = Callable[[ArrayLike], jax.Array]
 
@@ -21,8 +21,8 @@ def steps_from_samples(samples: int, batch_size: int) -> int:
     """
     for name, value in (("TRAIN_SAMPLES", samples), ("BATCH_SIZE", batch_size)):
         # 1.28e8 is a whole number too, and how large counts are written.
-        if not isinstance(value, int | float) or value < 1 or value != int(value):
-            raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        check_number(name, whole, minimum=1, whole=True)
     steps = int(samples) // int(batch_size)
     if steps < 1:
         raise UserError(
@@ -46,8 +46,8 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> Sched
     Raises:
       UserError: the warm-up is not shorter than the run.
     """
-    if not isinstance(peak, int | float) or peak < 0:
-        raise UserError(f"LEARNING_RATE is {peak!r}; it must be a number of at least 0.")
+    check_number("LEARNING_RATE", peak, minimum=0)
+    check_number("WARMUP_STEPS", warmup_steps, minimum=0, whole=True)
     if not 0 <= warmup_steps < total_steps:
         raise UserError(
             f"WARMUP_STEPS is {warmup_steps} and TRAIN_STEPS is {total_steps}: the warm-up must be "

@@ -28,7 +28,7 @@ from clipa_t5x import (
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 from clipa_t5x.evaluators import evaluator
 
 
@@ -74,7 +74,8 @@ def train(
     Raises:
       UserError: something given does not fit together; see its message.
     """
-    check_arguments(model_dir, total_steps, eval_period, stats_period, checkpoint_cfg)
+    counts = {"TRAIN_STEPS": total_steps, "EVAL_PERIOD": eval_period, "LOG_PERIOD": stats_period}
+    check_arguments(model_dir, counts, checkpoint_cfg.save, random_seed)
     batch_spec = train_dataset_cfg.batch_spec()
     trainer = trainer_cls(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
@@ -150,24 +151,28 @@ def training_steps(
 
 def check_arguments(
     model_dir: str,
-    total_steps: int,
-    eval_period: int,
-    stats_period: int,
-    checkpoint_cfg: checkpoints.CheckpointConfig,
+    counts: Mapping[str, int],
+    save_cfg: checkpoints.SaveCheckpointConfig,
+    random_seed: int,
 ) -> None:
     """Refuses what cannot be trained with.
 
     Raises:
-      UserError: a missing model_dir, or a period or step count below 1.
+      UserError: a missing model_dir, or a number that is none or too small.
     """
     if not model_dir:
         raise UserError("MODEL_DIR is empty: add --gin.MODEL_DIR=\"'runs/mine'\" to the command.")
-    periods = {"TRAIN_STEPS": total_steps, "EVAL_PERIOD": eval_period, "LOG_PERIOD": stats_period}
-    if checkpoint_cfg.save.period is not None:
-        periods["CHECKPOINT_PERIOD"] = checkpoint_cfg.save.period
-    for name, value in periods.items():
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} is {value!r}; it must be an integer of at least 1.")
+    if epath.Path(model_dir).is_file():
+        raise UserError(f"MODEL_DIR {model_dir} is a file: name a folder, existing or not.")
+    for name, value in counts.items():
+        check_number(name, value, minimum=1, whole=True)
+    for name, value in (
+        ("CHECKPOINT_PERIOD", save_cfg.period),
+        ("KEEP_CHECKPOINTS", save_cfg.keep),
+    ):
+        if value is not None:
+            check_number(name, value, minimum=1, whole=True)
+    check_number("RANDOM_SEED", random_seed, minimum=0, whole=True)
 
 
 def compile_train_step(trainer: trainer_lib.Trainer) -> Callable[..., Any]:
@@ -210,7 +215,7 @@ def check_data(
         vocabulary has more ids than the token table has rows, which jax would clamp.
     """
     for each in filter(None, (cfg, eval_cfg)):
-        input_pipeline.num_examples(each)
+        each.check()
     for item in evaluators.values():
         item.check()
     rows = getattr(model.text_tower, "vocab_size", None)

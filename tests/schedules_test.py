@@ -72,5 +72,5 @@ def test_warmup_cosine_tells_the_steps_of_a_long_stage_apart():
 
 @pytest.mark.parametrize("warmup_steps", [10, 11, -1])
 def test_a_warmup_that_is_no_shorter_than_the_run_is_refused(warmup_steps):
-    with pytest.raises(errors.UserError, match=f"WARMUP_STEPS is {warmup_steps} and TRAIN_STEPS"):
+    with pytest.raises(errors.UserError, match=f"WARMUP_STEPS is {warmup_steps}"):
         schedules.warmup_cosine(1.0, total_steps=10, warmup_steps=warmup_steps)

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from clipa_t5x.data import feature_converters, preprocessors, tasks
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -58,15 +58,29 @@ class DatasetConfig:
         """Shapes and dtypes of a global training batch; reads no data.
 
         Raises:
-          UserError: the lengths lack images or text, or one of the numbers cannot be a size.
+          UserError: the lengths are not of images and text, or a number cannot be a size.
         """
+        unknown = sorted(set(self.task_feature_lengths) - {"images", "text"})
+        if unknown:
+            raise UserError(f"TASK_FEATURE_LENGTHS has {unknown[0]!r}; 'images' and 'text' is all.")
         size, length = (self._feature_length(key) for key in ("images", "text"))
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise UserError(f"BATCH_SIZE is {self.batch_size!r}; it must be a positive integer.")
+        check_number("BATCH_SIZE", self.batch_size, minimum=1, whole=True)
         return {
             "images": jax.ShapeDtypeStruct((self.batch_size, size, size, 3), np.uint8),
             "text": jax.ShapeDtypeStruct((self.batch_size, length), np.int32),
         }
+
+    def check(self) -> None:
+        """Reads the data's index.
+
+        Raises:
+          UserError: the data are missing or damaged, or a number cannot be a size.
+        """
+        check_number(f"batch_size of {self.mixture_or_task_name}", self.batch_size, minimum=1,
+                     whole=True)  # fmt: skip
+        if self.max_examples is not None:
+            check_number("EVAL_EXAMPLES", self.max_examples, minimum=1, whole=True)
+        num_examples(self)
 
     def _feature_length(self, key: str) -> int:
         length = self.task_feature_lengths.get(key)

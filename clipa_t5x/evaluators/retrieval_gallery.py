@@ -37,7 +37,7 @@ class RetrievalGallery:
         Raises:
           UserError: the data are missing or damaged.
         """
-        input_pipeline.num_examples(self.dataset_cfg)
+        self.dataset_cfg.check()
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None

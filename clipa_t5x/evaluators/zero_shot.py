@@ -74,7 +74,7 @@ class ZeroShotClassification:
           UserError: one of them is missing or not what it should be.
         """
         prompts.prompts(self.class_names_path, self.templates_path)
-        input_pipeline.num_examples(self.dataset_cfg)
+        self.dataset_cfg.check()
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None

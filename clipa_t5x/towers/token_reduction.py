@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 from clipa_t5x.towers import layers
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -32,7 +32,8 @@ def num_kept(grid: Grid, mask_ratio: float, strategy: str = "random") -> int:
       UserError: the ratio is out of range or would keep no patch at all, or the strategy is
         unknown.
     """
-    if not 0.0 <= mask_ratio < 1.0:
+    check_number("mask_ratio", mask_ratio, minimum=0)
+    if mask_ratio >= 1.0:
         raise UserError(f"mask_ratio is {mask_ratio}; it must be in [0, 1).")
     num_patches = grid[0] * grid[1]
     kept = int(num_patches * (1.0 - mask_ratio))

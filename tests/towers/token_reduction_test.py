@@ -53,7 +53,7 @@ def test_block_shapes_are_brute_forces(grid):
 
 @pytest.mark.parametrize("mask_ratio", [-0.1, 1.0, 1.5])
 def test_num_kept_refuses_ratios_out_of_range(mask_ratio):
-    with pytest.raises(ValueError, match=r"it must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"mask_ratio is .* it must be"):
         token_reduction.num_kept((4, 4), mask_ratio)
 
 
