@@ -5,6 +5,7 @@ checked and bound here because gin accepts what nobody reads: a misspelt macro o
 silently train with the default.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -118,12 +119,19 @@ def get_root(root: str) -> Callable[..., Any]:
 
     @functools.wraps(configured)
     def call(*args, **kwargs):
-        try:
+        with _errors_as_raised():
             return configured(*args, **kwargs)
-        except errors.UserError as error:
-            raise errors.UserError(str(error).partition(_GIN_CONTEXT)[0]) from error
 
     return call
+
+
+@contextlib.contextmanager
+def _errors_as_raised() -> Iterator[None]:
+    """Takes off a `UserError` the lines that gin appends."""
+    try:
+        yield
+    except errors.UserError as error:
+        raise errors.UserError(str(error).partition(_GIN_CONTEXT)[0]) from error
 
 
 def query(name: str) -> Any:
@@ -484,4 +492,5 @@ def build_arguments(root: str) -> dict[str, Any]:
 
     Doors other than training use the objects that a training configuration describes.
     """
-    return gin.get_bindings(_root_source(root).target, resolve_references=True)
+    with _errors_as_raised():
+        return gin.get_bindings(_root_source(root).target, resolve_references=True)

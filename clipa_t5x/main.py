@@ -20,7 +20,11 @@ ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
 GIN_VERBS = ("train", "eval", "schedule")
-PLAIN_VERBS = {"build": "clipa_t5x.data.build", "report": "clipa_t5x.report"}
+PLAIN_VERBS = {
+    "build": "clipa_t5x.data.build",
+    "report": "clipa_t5x.report",
+    "plan": "clipa_t5x.plan",
+}
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string(

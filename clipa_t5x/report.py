@@ -130,11 +130,7 @@ def _section(key: str, heading: str, content: str) -> str:
 
 
 def _style() -> str:
-    colors = report_plots.COLORS.items()
-    light, dark = (
-        f":root {{ {''.join(f'--{name}: {pair[i]}; ' for name, pair in colors)}}}" for i in (0, 1)
-    )
-    return f"\n{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}{_CSS}"
+    return report_plots.color_style() + _CSS
 
 
 def _escape(text: Any) -> str:

@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from clipa_t5x import errors, run_history, run_summary
@@ -126,6 +126,22 @@ def _label(text: str, limit: int = 40) -> str:
 
 def _svg(plot: _Plot, history: run_history.RunHistory, alt: str) -> str:
     """Draws a panel as an SVG element that can share a document with others."""
+    size = (3.7, 2.2) if plot.small else (5.6, 3.0)
+    return draw_svg(lambda axes: _draw(axes, plot, history), plot.key, size, alt)
+
+
+def draw_svg(draw: Callable[[Any], None], key: str, size: tuple[float, float], alt: str) -> str:
+    """Draws one panel as an SVG element that can share a document with others.
+
+    Args:
+        draw: draws into a matplotlib `Axes`, in the light ones of `COLORS`.
+        key: names the element's parts; unique within the document.
+        size: width and height in inches, for text of 9 points.
+        alt: what the drawing shows, in words.
+
+    Raises:
+        errors.UserError: matplotlib is missing.
+    """
     try:
         import matplotlib
         from matplotlib import figure
@@ -138,13 +154,21 @@ def _svg(plot: _Plot, history: run_history.RunHistory, alt: str) -> str:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # The browser has the fonts that draw it.
         matplotlib.rcdefaults()  # A user's matplotlibrc must not reach in (usetex, styles).
-        matplotlib.rc("svg", fonttype="none", hashsalt=plot.key)
+        matplotlib.rc("svg", fonttype="none", hashsalt=key)
         matplotlib.rc("font", size=9)
-        size = (3.7, 2.2) if plot.small else (5.6, 3.0)
         drawing = figure.Figure(figsize=size, layout="constrained")
-        _draw(drawing.add_subplot(), plot, history)
+        draw(drawing.add_subplot())
         drawing.savefig(drawn, format="svg", transparent=True)
-    return _inline(drawn.getvalue(), plot.key, alt)
+    return _inline(drawn.getvalue(), key, alt)
+
+
+def color_style() -> str:
+    """CSS that sets every one of `COLORS` as a variable, for the light and the dark scheme."""
+    light, dark = (
+        f":root {{ {''.join(f'--{name}: {pair[i]}; ' for name, pair in COLORS.items())}}}"
+        for i in (0, 1)
+    )
+    return f"\n{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
 
 
 def _inline(svg: str, key: str, alt: str) -> str:

@@ -13,11 +13,12 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics"},
-    {"models", "optimizers", "data", "weights", "train_state"},
+    {"models", "optimizers", "data", "weights", "train_state", "flops"},
     {"trainer", "checkpoints", "evaluators", "model_info", "stage_info"}
-    | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"},
+    | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
+    | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"},
     {"main", "train", "eval", "schedule", "report", "data.build"}
-    | {"export", "precompile", "import_weights"},
+    | {"export", "precompile", "import_weights", "plan"},
 ]
 DOORS = LAYERS[-1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
