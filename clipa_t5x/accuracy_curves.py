@@ -93,6 +93,16 @@ def rank(budget_flops: float) -> list[tuple[Curve, Estimate]]:
     return sorted(pairs, key=lambda pair: (-pair[1].accuracy, pair[1].flops))
 
 
+def next_better(budget_flops: float, accuracy: float) -> published.Point | None:
+    """The cheapest published point beyond a budget that is better than `accuracy`, in percent."""
+    better = [
+        point
+        for point in published.POINTS
+        if point.training_flops > budget_flops and point.accuracy > accuracy
+    ]
+    return min(better, key=lambda point: point.training_flops, default=None)
+
+
 def cheapest() -> published.Point:
     """The published point of least training FLOPs."""
     return min(published.POINTS, key=lambda point: point.training_flops)

@@ -108,7 +108,7 @@ def make_plan(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]
         record["published"] = plan_tables.published_records(rate)
         tables.append(plan_tables.published_table(record["published"]))
     if budget is not None:
-        record["budget"] = plan_tables.budget_records(budget, rate)
+        record["budget"] = plan_tables.budget_record(budget, rate)
         tables.append(plan_tables.budget_table(record["budget"]))
         marks.append(plan_plot.Mark("budget", budget))
     if arguments.plot:

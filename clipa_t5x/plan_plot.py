@@ -27,7 +27,9 @@ thead th { font-weight: 500; color: var(--quiet); border: 0; }
 td:nth-child(4), td:nth-child(5) { text-align: right; }
 """
 
-_INK, _QUIET, _RULE = (report_plots.COLORS[name][0] for name in ("ink", "quiet", "rule"))
+_INK, _QUIET, _RULE, _PAPER = (
+    report_plots.COLORS[name][0] for name in ("ink", "quiet", "rule", "paper")
+)
 _SERIES = [light for name, (light, _) in report_plots.COLORS.items() if name.startswith("series")]
 _MARKERS = "os^Dvp"
 
@@ -121,7 +123,11 @@ def _points_table() -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    sources = "; ".join(f"{key}: {title}" for key, title in published.SOURCES.items())
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<p>{html.escape(sources)}.</p>"
+    )
 
 
 def _draw(axes: Any, marks: Sequence[Mark]) -> None:
@@ -147,6 +153,8 @@ def _draw(axes: Any, marks: Sequence[Mark]) -> None:
         min([low, *(float(mark.flops) / 2 for mark in marks)]),
         max([high, *(float(mark.flops) * 2 for mark in marks)]),
     )
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 2.5 * len(marks))  # room for their names
     for index, mark in enumerate(marks):
         _draw_mark(axes, mark, index)
     axes.set_xlabel("training FLOPs", color=_QUIET)
@@ -157,7 +165,8 @@ def _draw(axes: Any, marks: Sequence[Mark]) -> None:
     axes.tick_params(which="both", length=0, labelcolor=_QUIET)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(_RULE)
-    legend = axes.legend(frameon=False, loc="lower right", fontsize=8)
+    frame = {"framealpha": 1.0, "facecolor": _PAPER, "edgecolor": "none"}
+    legend = axes.legend(loc="lower right", fontsize=8, **frame)
     for text in legend.get_texts():
         text.set_color(_INK)
 

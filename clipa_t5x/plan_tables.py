@@ -69,16 +69,21 @@ def recipe_record(stages: Sequence[StagePlan], rate: costs.Rate) -> dict[str, An
         "samples": sum(stage.samples for stage in stages),
         **_taken(training_flops(stages), rate),
     }
-    expected = [estimate_record(*pair) for pair in expectations(stages)]
-    return {"stages": rows, "total": total, "expected_top1": expected}
+    return {"stages": rows, "total": total, "expected_top1": _expected_records(stages)}
 
 
-def expectations(
-    stages: Sequence[StagePlan],
-) -> list[tuple[accuracy_curves.Curve, accuracy_curves.Estimate]]:
+def _expected_records(stages: Sequence[StagePlan]) -> list[dict[str, Any]]:
     """Estimates at the recipe's compute from the published curves of its model, if it has any."""
     name = published.name_of(stages[-1].model)
-    return [pair for pair in accuracy_curves.rank(training_flops(stages)) if pair[0].model == name]
+    compute = training_flops(stages)
+    records = []
+    for curve, estimate in accuracy_curves.rank(compute):
+        if curve.model == name:
+            record = estimate_record(curve, estimate)
+            if compute > 1.01 * estimate.flops:
+                record["by"] += ", which took less: not extrapolated"
+            records.append(record)
+    return records
 
 
 def estimate_record(
@@ -115,8 +120,8 @@ def recipe_table(record: dict[str, Any]) -> str:
     lines = [layout([heading, *cells, [*total_cells, *_taken_cells(total)]])]
     for row in record["expected_top1"]:
         lines.append(
-            f"Expected on {row['data']}, an estimate: {row['top1']:.1f} % zero-shot ImageNet-1k "
-            f"({row['by']})."
+            f"Expected on {row['data']}, an estimate from published runs of {row['model']} at this "
+            f"compute: {row['top1']:.1f} % zero-shot ImageNet-1k top-1 ({row['by']})."
         )
     return "\n".join(lines)
 
@@ -176,8 +181,12 @@ def published_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def budget_records(budget_flops: float, rate: costs.Rate) -> list[dict[str, Any]]:
-    """What a budget buys: an estimate for each published model and data set, best first.
+def budget_record(budget_flops: float, rate: costs.Rate) -> dict[str, Any]:
+    """What a budget buys, as plain values.
+
+    Returns:
+      `ranking`: an estimate for each published model and data set that the budget reaches, best
+      first; `next`: the cheapest published point beyond it that is better than all, or None.
 
     Raises:
       UserError: the budget is below every published recipe.
@@ -185,32 +194,55 @@ def budget_records(budget_flops: float, rate: costs.Rate) -> list[dict[str, Any]
     ranked = accuracy_curves.rank(budget_flops)
     if not ranked:
         point = accuracy_curves.cheapest()
-        taken = _taken(point.training_flops, rate)
-        cost = "" if taken["dollars"] is None else f", {_dollars(taken['dollars'])}"
         raise UserError(
             f"the budget buys {rate.hours(budget_flops):,.3g} hours of {rate.chip.name}, less than "
-            f"every published recipe: the cheapest, {point.model} on {point.data} "
-            f"({point.recipe}, {point.accuracy:g} %), takes {taken['chip_hours']:,.0f} hours{cost}."
+            f"every published recipe: the cheapest, {_needs(_point_record(point, rate))}."
         )
-    return [
-        {**estimate_record(curve, estimate), **_taken(estimate.flops, rate)}
-        for curve, estimate in ranked
-    ]
+    better = accuracy_curves.next_better(budget_flops, ranked[0][1].accuracy)
+    return {
+        "ranking": [
+            {**estimate_record(curve, estimate), **_taken(estimate.flops, rate)}
+            for curve, estimate in ranked
+        ],
+        "next": None if better is None else _point_record(better, rate),
+    }
 
 
-def budget_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The text of `budget_records`."""
+def _point_record(point: published.Point, rate: costs.Rate) -> dict[str, Any]:
+    return {
+        "model": point.model,
+        "data": point.data,
+        "recipe": point.recipe,
+        "top1": point.accuracy,
+        **_taken(point.training_flops, rate),
+    }
+
+
+def _needs(record: dict[str, Any]) -> str:
+    """What a published point takes, in words."""
+    _, hours, cost = _taken_cells(record)
+    return (
+        f"{record['model']} on {record['data']} ({record['recipe']}, {record['top1']:g} %), takes "
+        f"{hours} hours" + ("" if record["dollars"] is None else f", {cost}")
+    )
+
+
+def budget_table(record: dict[str, Any]) -> str:
+    """The text of `budget_record`."""
     heading = ["model", "data", "estimate", "total FLOP", "chip-hours", "cost", "from"]
     cells = [
         [row["model"], row["data"], f"{row['top1']:.1f} %", *_taken_cells(row), row["by"]]
-        for row in rows
+        for row in record["ranking"]
     ]
-    note = (
-        "Estimates of zero-shot ImageNet-1k top-1: straight lines over log compute between\n"
-        "published points of one model and data set. Nothing is extrapolated: past a model's last\n"
-        "point its published figure and cost stand."
-    )
-    return layout([heading, *cells], left=2, last_left=True) + "\n" + note
+    lines = [
+        layout([heading, *cells], left=2, last_left=True),
+        "Estimates of zero-shot ImageNet-1k top-1: straight lines over log compute between",
+        "published points of one model and data set. Nothing is extrapolated: past a model's",
+        "last point its published figure and cost stand.",
+    ]
+    if record["next"]:
+        lines.append(f"The next better published one, {_needs(record['next'])}.")
+    return "\n".join(lines)
 
 
 def layout(cells: Sequence[Sequence[str]], left: int = 1, last_left: bool = False) -> str:

@@ -1,13 +1,5 @@
 """What has been published of CLIPA's runs: models, recipes, accuracies, hours, cost.
 
-Sources, as the points name them:
-
-* `v1`: "An Inverse Scaling Law for CLIP Training" (Li et al., 2023), the main results, LAION-400M;
-* `v1 figure`: its figure of accuracy against compute, read off the drawing;
-* `v2`: "CLIPA-v2: Scaling CLIP Training with 81.1% Zero-shot ImageNet Accuracy within a $10,000
-  Budget" (Li et al., 2023) and the table of the code's README, LAION-2B and DataComp-1B;
-* `v2 table 1`, `v2 table 3`: of the same paper.
-
 Where a source states no mask or text length, what its other tables and the code's configurations
 use is put in. Training FLOPs follow from sizes and tokens (`flops`), never from hours.
 """
@@ -17,6 +9,14 @@ import functools
 
 from clipa_t5x import flops, models
 from clipa_t5x.towers import text_transformer, vision_transformer
+
+# What the points name as their sources.
+SOURCES = {
+    "v1": "An Inverse Scaling Law for CLIP Training (Li et al., 2023), main results",
+    "v1 figure": "the same, figure of accuracy against compute, read off the drawing",
+    "v2": "CLIPA-v2 (Li et al., 2023), main results, and the table in its code's README",
+    "v2 table 1": "the same paper, table 1",
+}
 
 # Of an A100-80G for an hour, in US dollars: what CLIPA-v2's costs are reckoned with.
 A100_80G_PRICE = 1.575
@@ -54,7 +54,7 @@ class Point:
       recipe: the stages in words.
       stages: what was trained.
       accuracy: zero-shot top-1 on ImageNet-1k, in percent.
-      source: see this module's first lines.
+      source: a key of `SOURCES`.
       hours: A100-80G hours that the source lists for all stages.
       dollars: the cost that it lists.
       listed_compute: forward multiply-adds of all samples, in 1e20, where the source draws them.
