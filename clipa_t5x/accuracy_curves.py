@@ -36,12 +36,12 @@ class Estimate:
     def describe(self) -> str:
         """Where the figure comes from, in words."""
         if self.share == 0:
-            return f"published: {self.below.recipe}"
+            return f"published: {self.below}"
         above = self.above
         assert above is not None
         return (
-            f"{self.share:.0%} of the way from {self.below.accuracy:g} ({self.below.recipe}) to "
-            f"{above.accuracy:g} ({above.recipe})"
+            f"{self.share:.0%} of the way from {self.below.accuracy:g} ({self.below}) to "
+            f"{above.accuracy:g} ({above})"
         )
 
 

@@ -212,7 +212,7 @@ def _point_record(point: published.Point, rate: costs.Rate) -> dict[str, Any]:
     return {
         "model": point.model,
         "data": point.data,
-        "recipe": point.recipe,
+        "recipe": str(point),
         "top1": point.accuracy,
         **_taken(point.training_flops, rate),
     }

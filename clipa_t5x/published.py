@@ -46,7 +46,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A trained model.
+    """A trained model, at the end of its last stage.
 
     Attributes:
       model: a name in `MODELS`.
@@ -58,6 +58,7 @@ class Point:
       hours: A100-80G hours that the source lists for all stages.
       dollars: the cost that it lists.
       listed_compute: forward multiply-adds of all samples, in 1e20, where the source draws them.
+      schedule: the schedule in gin/ whose first stages these are, without its ending.
     """
 
     model: str
@@ -69,6 +70,12 @@ class Point:
     hours: int | None = None
     dollars: int | None = None
     listed_compute: float | None = None
+    schedule: str | None = None
+
+    def __str__(self) -> str:
+        """Its recipe, and where gin/ has it."""
+        here = f", gin/{self.schedule}.gin to stage {len(self.stages)}" if self.schedule else ""
+        return self.recipe + here
 
     @property
     def training_flops(self) -> int:
@@ -121,6 +128,7 @@ _PRETRAIN_84 = Stage(12_811_632_640, 84, 8)
 _PRETRAIN_70 = Stage(12_811_632_640, 70, 8)
 _TUNE_336 = Stage(131_072_000, 336, 32, 0.4)
 _TUNE_V1 = Stage(131_072_000, 224, 32)
+_TUNE_V1_16_TOKENS = Stage(131_072_000, 224, 16)
 
 
 def _tune_224(mask_ratio: float) -> Stage:
@@ -130,8 +138,9 @@ def _tune_224(mask_ratio: float) -> Stage:
 def _v2(
     model: str,
     data: str,
-    accuracies: tuple[float | None, float, float | None],
+    accuracies: tuple[float | None, ...],
     hours_and_dollars: tuple[tuple[int, int] | None, ...],
+    schedule: str,
     pretrain: Stage = _PRETRAIN_84,
     mask_ratio: float = 0.3,
 ) -> list[Point]:
@@ -148,6 +157,7 @@ def _v2(
             accuracy,
             "v2",
             *(listed[number] or (None, None)),
+            schedule=schedule,
         )
         for number, accuracy in enumerate(accuracies)
         if accuracy is not None
@@ -161,16 +171,25 @@ def _v1(
     text_length: int,
     source: str,
     listed_compute: float | None = None,
+    schedule: str | None = None,
+    tuning: Stage = _TUNE_V1,
 ) -> Point:
     """A point of the first paper's recipe: 2.56 billion samples, then 131 million untouched ones.
 
     At 224 pixels nothing is reduced, and no tuning follows.
     """
     pretrain = Stage(2_560_000_000, pixels, text_length)
-    stages = (pretrain,) if pixels == 224 else (pretrain, _TUNE_V1)
+    stages = (pretrain,) if pixels == 224 else (pretrain, tuning)
     recipe = f"2.56B@{pixels}/{text_length}" + (" + 128M@224" if len(stages) > 1 else "")
     return Point(
-        model, "LAION-400M", recipe, stages, accuracy, source, listed_compute=listed_compute
+        model,
+        "LAION-400M",
+        recipe,
+        stages,
+        accuracy,
+        source,
+        listed_compute=listed_compute,
+        schedule=schedule,
     )
 
 
@@ -180,39 +199,44 @@ _FIGURE = {
     "B/16": ((0.092, 59.9), (0.135, 62.1), (0.163, 62.8), (0.275, 63.6), (0.469, 64.1)),
     "L/16": ((0.282, 66.2), (0.433, 68.1), (0.533, 68.9), (0.927, 69.0), (1.602, 69.2)),
 }
+_FIGURE_SCHEDULES = {
+    ("S/16", 64): "S16_64",
+    ("S/16", 112): "S16_112",
+    ("B/16", 64): "B16_64",
+    ("B/16", 112): "B16_112",
+    ("B/16", 160): "B16_160",
+}
 _FIGURE_H14 = ((56, 0.560, 70.2), (70, 0.702, 71.8), (84, 0.876, 72.8))
 
 POINTS: tuple[Point, ...] = (
-    *_v2("H/14", "LAION-2B", (72.1, 78.6, 79.1), ((7776, 12247), (8640, 13616))),
-    *_v2("L/14", "DataComp-1B", (72.7, 79.7, 80.3), ((4008, 6318), (4520, 7124))),
-    *_v2("H/14", "DataComp-1B", (None, 81.1, None), ((5920, 9324), None), _PRETRAIN_70),
-    *_v2("H/14", "DataComp-1B", (75.6, 81.5, 81.8), ((7776, 12247), (8640, 13616))),
     *_v2(
-        "bigG/14",
-        "DataComp-1B",
-        (78.5, 82.5, 83.0),
-        ((21998, 34646), (23742, 39056)),
+        "H/14", "LAION-2B", (72.1, 78.6, 79.1), ((7776, 12247), (8640, 13616)), "H14_laion2b"
+    ),
+    *_v2("L/14", "DataComp-1B", (72.7, 79.7, 80.3), ((4008, 6318), (4520, 7124)), "L14"),
+    *_v2(
+        "H/14", "DataComp-1B", (None, 81.1, None), ((5920, 9324), None), "H14_70", _PRETRAIN_70
+    ),
+    *_v2("H/14", "DataComp-1B", (75.6, 81.5, 81.8), ((7776, 12247), (8640, 13616)), "H14"),
+    *_v2(
+        "bigG/14", "DataComp-1B", (78.5, 82.5, 83.0), ((21998, 34646), (23742, 39056)), "bigG14",
         mask_ratio=0.4,
     ),
-    Point(
-        "H/14", "LAION-2B", "12.8B@70", (_PRETRAIN_70,), 70.1, "v2"
-    ),
+    *_v2("H/14", "LAION-2B", (70.1, None, None), (), "H14_laion2b_70", _PRETRAIN_70),
     Point(
         "H/14", "LAION-2B", "12.8B@84 + 128M@224", (_PRETRAIN_84, _TUNE_V1), 77.9, "v2 table 1"
     ),
     Point(
-        "H/14",
-        "LAION-2B",
-        "2.56B@84 + 128M@224",
-        (Stage(2_560_000_000, 84, 8), _TUNE_V1),
-        74.1,
+        "H/14", "LAION-2B", "2.56B@84 + 128M@224", (Stage(2_560_000_000, 84, 8), _TUNE_V1), 74.1,
         "v2 table 1",
     ),
-    _v1("B/16", 63.2, 112, 16, "v1"),
-    _v1("L/16", 67.8, 64, 16, "v1"),
-    _v1("L/16", 69.3, 96, 8, "v1"),
+    _v1("B/16", 63.2, 112, 16, "v1", schedule="B16_i50_t16", tuning=_TUNE_V1_16_TOKENS),
+    _v1("L/16", 67.8, 64, 16, "v1", schedule="L16_i17_t16", tuning=_TUNE_V1_16_TOKENS),
+    _v1("L/16", 69.3, 96, 8, "v1", schedule="L16_i37_t8"),
     *(
-        _v1(model, accuracy, pixels, 32, "v1 figure", compute)
+        _v1(
+            model, accuracy, pixels, 32, "v1 figure", compute,
+            _FIGURE_SCHEDULES.get((model, pixels)),
+        )
         for model, series in _FIGURE.items()
         for pixels, (compute, accuracy) in zip(_FIGURE_PIXELS, series, strict=True)
     ),

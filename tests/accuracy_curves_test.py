@@ -13,7 +13,7 @@ def test_a_curve_goes_through_its_points_and_rises(curve):
         estimate = curve.at(point.training_flops)
         assert estimate.accuracy == pytest.approx(point.accuracy)
         assert estimate.below == point
-        assert estimate.describe() == f"published: {point.recipe}"
+        assert estimate.describe() == f"published: {point}"
     for one, two in itertools.pairwise(curve.points):
         assert one.training_flops < two.training_flops and one.accuracy < two.accuracy
         between = curve.at(math.sqrt(one.training_flops * two.training_flops))

@@ -16,7 +16,7 @@ def test_bigg14s_recipe_is_the_published_one(tmp_path, capsys):
     record = json.loads(output.read_text())
     point = next(p for p in published.POINTS if p.accuracy == 83.0)
     assert record["recipe"]["total"]["training_flops"] == point.training_flops
-    assert record["recipe"]["expected_top1"][0]["by"] == f"published: {point.recipe}"
+    assert record["recipe"]["expected_top1"][0]["by"] == f"published: {point}"
     assert [
         (row["stage"], row["image_tokens"], row["text_tokens"])
         for row in record["recipe"]["stages"]

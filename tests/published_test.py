@@ -1,7 +1,7 @@
 import experiments
 import pytest
 
-from clipa_t5x import gin_utils, published
+from clipa_t5x import plan, published
 
 BY_STAGES = {(p.model, p.data, p.recipe): p for p in published.POINTS}
 
@@ -44,12 +44,17 @@ def test_models_of_other_sizes_have_no_published_name():
     assert published.name_of(other.clone(text_tower=None)) is None
 
 
-@pytest.mark.parametrize("name", published.MODELS)
-def test_gins_models_are_the_published_ones(name):
-    """Where gin/models has one of that name."""
-    path = experiments.GIN / "models" / f"{name.replace('/', '')}.gin"
-    if not path.exists():
-        pytest.skip(f"there is no {path.name}")
-    experiments.parse("bigG14_stage1", f"include 'models/{path.name}'", "MODEL_DIR = 'x'")
-    model = gin_utils.build_arguments(experiments.TRAIN)["model"]
-    assert published.name_of(model) == name
+SCHEDULES = sorted({p.schedule for p in published.POINTS if p.schedule})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gins_recipes_take_the_compute_of_the_published_runs(schedule):
+    search_paths = [str(experiments.GIN), str(experiments.REPOSITORY)]
+    stages = plan.read_recipe([f"{schedule}.gin"], [], search_paths)
+    for point in published.POINTS:
+        if point.schedule == schedule:
+            done = stages[: len(point.stages)]
+            assert [stage.training_flops for stage in done] == pytest.approx(
+                [published.stage_flops(point.model, stage) for stage in point.stages], rel=1e-4
+            )
+            assert {published.name_of(stage.model) for stage in stages} == {point.model}
