@@ -142,12 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--published", action="store_true", help="the published runs, listed and reckoned")
     add("--budget_hours", type=float, help="chip-hours: rank models by what they would reach")
     add("--budget_dollars", type=float, help="the same in US dollars")
-    add("--chip", default=costs.DEFAULT_CHIP, help=f"{', '.join(costs.CHIPS)}; %(default)s")
+    add(
+        "--chip", default=costs.DEFAULT_CHIP, help=f"{', '.join(costs.CHIPS)}; default: %(default)s"
+    )
     add(
         "--mfu",
         type=float,
         default=costs.DEFAULT_MFU,
-        help="share of the chip's peak, in (0, 1]; %(default)s, as the published hours imply",
+        help="share of the chip's peak, in (0, 1]; default: %(default)s, as published hours imply",
     )
     add("--price", type=float, help="US dollars for an hour of one chip; A100-80G has a default")
     add("--output", help="a JSON file for all figures")

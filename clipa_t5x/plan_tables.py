@@ -118,11 +118,13 @@ def recipe_table(record: dict[str, Any]) -> str:
     total = record["total"]
     total_cells = ["total", *[""] * 3, format_count(total["samples"]), *[""] * 3]
     lines = [layout([heading, *cells, [*total_cells, *_taken_cells(total)]])]
-    for row in record["expected_top1"]:
+    expected = record["expected_top1"]
+    if expected:
         lines.append(
-            f"Expected on {row['data']}, an estimate from published runs of {row['model']} at this "
-            f"compute: {row['top1']:.1f} % zero-shot ImageNet-1k top-1 ({row['by']})."
+            "Expected zero-shot ImageNet-1k top-1, an estimate from published runs of "
+            f"{expected[0]['model']} at this compute:"
         )
+    lines += [f"  {row['top1']:.1f} % on {row['data']}: {row['by']}" for row in expected]
     return "\n".join(lines)
 
 
