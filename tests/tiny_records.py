@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from clipa_t5x.data import input_pipeline, preprocessors, record_writer, tasks, vocabularies
+from clipa_t5x.data import (
+    input_pipeline,
+    preprocessors,
+    record_writer,
+    tasks,
+    vocabularies,
+    word_classes,
+)
 
 WORDS = ("red", "green", "blue", "cat", "dog", "big", "small", "a", "##s", ",", "of", "photo")
 LENGTHS = {"images": 16, "text": 8}
@@ -46,6 +53,13 @@ def vocabulary(directory) -> vocabularies.BertVocabulary:
     path = directory / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", *WORDS]) + "\n")
     return vocabularies.BertVocabulary(str(path))
+
+
+def write_word_classes(vocabulary: vocabularies.BertVocabulary) -> None:
+    """The table beside a `vocabulary`: nouns and adjectives among WORDS."""
+    words = {"noun": ("cat", "dog"), "adjective": ("red", "green", "blue", "big", "small")}
+    classes = word_classes.classify_listed(vocabulary.pieces, words)
+    word_classes.write(vocabulary.path, classes, "by hand", "1")
 
 
 def task(name: str, directory, image_preprocessor=preprocessors.inception_crop, **kwargs) -> str:

@@ -4,6 +4,7 @@ import experiments
 import jax
 import numpy as np
 import pytest
+import tiny_records
 
 from clipa_t5x import gin_utils, train
 from clipa_t5x.errors import UserError
@@ -165,6 +166,7 @@ def test_a_finished_run_has_nothing_to_do(tmp_path):
         ("digits_stage1", ["MU_DTYPE = 'float23'"], "MU_DTYPE is 'float23'; .*'bfloat16'"),
         ("digits_stage1", ["MODEL_DIR = 'data/digits/vocab.txt'"], "MODEL_DIR .* is a file"),
         ("digits_stage1", ["TASK_FEATURE_LENGTHS = {'images': 16}"], "'text' must be"),
+        ("digits_stage1", ["TEXT_REDUCTION = 'noun'"], "TEXT_REDUCTION is 'noun'; .*'syntax'"),
         ("digits_stage2", ["INITIAL_CHECKPOINT_PATH = 'gone'"], "no complete checkpoint at gone"),
     ],
 )  # fmt: skip
@@ -174,6 +176,16 @@ def test_bad_input_is_refused_in_a_line(tmp_path, experiment, bindings, message)
     with pytest.raises(UserError, match=message) as caught:
         experiments.train(experiment, *overrides(tmp_path / "run", TRAIN_STEPS=3), *bindings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_table_of_word_classes_is_refused_before_compiling(tmp_path, tiny_model):
+    tiny_records.write(tmp_path)
+    name = tiny_records.task("train_test", tmp_path, text_reduction="syntax")
+    cfg = tiny_records.config(name)
+    with pytest.raises(UserError, match="vocab.tags.json.*does not exist"):
+        train.check_data(tiny_model(), cfg, None, {})
+    tiny_records.write_word_classes(tiny_records.vocabulary(tmp_path))
+    train.check_data(tiny_model(), cfg, None, {})
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

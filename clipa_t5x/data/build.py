@@ -1,10 +1,14 @@
 """Builds a small data set: `python -m clipa_t5x.data.build shapes --output_dir=data/shapes`.
 
-The result is what img2dataset would have left behind, so the small data sets and a web crawl are
+And for a vocabulary of one's own, the table that TEXT_REDUCTION = 'syntax' reads:
+`python -m clipa_t5x.data.build tags --vocabulary_path=data/vocab.txt`, see `word_classes`.
+
+A data set is what img2dataset would have left behind, so the small data sets and a web crawl are
 read along one path:
 
     <output_dir>/<split>/00000.tfrecord    tf.Examples of key, jpg, txt, width, height and labels
     <output_dir>/vocab.txt                 WordPiece vocabulary, one token per line
+    <output_dir>/vocab.tags.json           its nouns, adjectives and verbs
     <output_dir>/classes/<name>.txt        class names, the line number is the label
     <output_dir>/templates/<name>.txt      zero-shot prompt templates
     <output_dir>/manifest.json             arguments, and records and SHA-256 of every shard
@@ -25,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from clipa_t5x.data import digits, record_writer, shapes, wordpiece
+from clipa_t5x.data import digits, record_writer, shapes, word_classes, wordpiece
 from clipa_t5x.errors import UserError
 
 # Raised whenever the same arguments give other bytes than before.
@@ -45,6 +49,7 @@ class Dataset:
       class_lists: class names by the name of the list.
       template_lists: prompt templates by the name of the list.
       phrases: texts that hold every word of the captions.
+      words: the captions' words by the name of their class, see `word_classes.NAMES`.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Dataset:
     class_lists: Mapping[str, Sequence[str]]
     template_lists: Mapping[str, Sequence[str]]
     phrases: Sequence[str]
+    words: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 class Progress:
@@ -219,7 +225,10 @@ def _write(
         *(t.replace("{}", "") for lines in dataset.template_lists.values() for t in lines),
     ]
     vocabulary = wordpiece.build_vocabulary(texts)
-    wordpiece.write_vocabulary(directory / "vocab.txt", vocabulary)
+    vocabulary_path = directory / "vocab.txt"
+    wordpiece.write_vocabulary(vocabulary_path, vocabulary)
+    classes = word_classes.classify_listed(vocabulary, dataset.words)
+    word_classes.write(str(vocabulary_path), classes, "builtin", str(GENERATOR_VERSION))
     for folder, lists in (("classes", dataset.class_lists), ("templates", dataset.template_lists)):
         (directory / folder).mkdir()
         for name, lines in lists.items():
@@ -309,6 +318,7 @@ def shapes_dataset(
         class_lists=shapes.class_lists(),
         template_lists=shapes.template_lists(),
         phrases=shapes.phrases(),
+        words=shapes.word_classes(),
     )
 
 
@@ -330,6 +340,7 @@ def digits_dataset(*, image_size: int = 32, seed: int = 0) -> Dataset:
         class_lists=digits.class_lists(),
         template_lists=digits.template_lists(),
         phrases=digits.phrases(),
+        words=digits.word_classes(),
     )
 
 
@@ -341,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m clipa_t5x.data.build", description="Builds a small data set."
     )
-    commands = parser.add_subparsers(dest="dataset", required=True, metavar="{shapes,digits}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{shapes,digits,tags}")
     shapes_parser = commands.add_parser("shapes", help="procedural scenes of patterned shapes")
     digits_parser = commands.add_parser("digits", help="scikit-learn's handwritten digits")
     # Options that are left out keep the defaults of the functions above.
@@ -365,11 +376,45 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--overwrite", action="store_true", help="replace another data set in output_dir"
         )
+    _add_tags(commands)
     return parser
 
 
+def _add_tags(commands: Any) -> None:
+    tags_parser = commands.add_parser("tags", help="the classes of a vocabulary's words")
+    tags_parser.add_argument(
+        "--vocabulary_path", required=True, help="WordPiece vocabulary, one piece a line"
+    )
+    tags_parser.add_argument(
+        "--tagger",
+        choices=list(word_classes.TAGGERS),
+        default="textblob",
+        help="library that tells the parts of speech (textblob)",
+    )
+
+
+def _tag(vocabulary_path: str, tagger: str) -> None:
+    from clipa_t5x.data import vocabularies  # only here: it takes TensorFlow
+
+    pieces = vocabularies.BertVocabulary(vocabulary_path).pieces
+    found = word_classes.TAGGERS[tagger]()
+    classes = word_classes.classify(pieces, found)
+    word_classes.write(vocabulary_path, classes, found.name, found.version)
+    sizes = ", ".join(f"{name} {n}" for name, n in word_classes.counts(classes).items())
+    path = word_classes.table_path(vocabulary_path)
+    print(f"{path} is ready ({found.name} {found.version}): {sizes}")
+
+
 def _run(arguments: dict[str, Any]) -> None:
-    name, output_dir = arguments.pop("dataset"), arguments.pop("output_dir")
+    name = arguments.pop("command")
+    if name == "tags":
+        _tag(**arguments)
+    else:
+        _build(name, arguments)
+
+
+def _build(name: str, arguments: dict[str, Any]) -> None:
+    output_dir = arguments.pop("output_dir")
     overwrite, num_shards = arguments.pop("overwrite"), arguments.pop("num_shards")
     for option, value in {**arguments, "num_shards": num_shards}.items():
         if value < _LEAST.get(option, 1):

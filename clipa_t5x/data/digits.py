@@ -47,6 +47,19 @@ def phrases() -> list[str]:
     return [*(text.replace("{}", "") for text in _CAPTIONS), *DIGITS, *"0123456789"]
 
 
+def word_classes() -> dict[str, tuple[str, ...]]:
+    """Returns the captions' nouns, adjectives and verbs; their other words are none of these.
+
+    A digit's name is what the caption tells of, so it is a noun here.
+    """
+    things = "photo digit number hand scan picture resolution background somebody"
+    return {
+        "noun": (*DIGITS, *"0123456789", *things.split()),
+        "adjective": ("handwritten", "white", "black", "small", "gray", "low"),
+        "verb": ("written", "wrote"),
+    }
+
+
 def caption(label: int, rng: np.random.Generator) -> str:
     """Describes a digit.
 

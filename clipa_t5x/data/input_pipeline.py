@@ -71,16 +71,20 @@ class DatasetConfig:
         }
 
     def check(self) -> None:
-        """Reads the data's index.
+        """Reads the data's index, and what the task's text is shortened by.
 
         Raises:
-          UserError: the data are missing or damaged, or a number cannot be a size.
+          UserError: the data, or the vocabulary's table of word classes, are missing or damaged, or
+            a number cannot be a size.
         """
         check_number(f"batch_size of {self.mixture_or_task_name}", self.batch_size, minimum=1,
                      whole=True)  # fmt: skip
         if self.max_examples is not None:
             check_number("EVAL_EXAMPLES", self.max_examples, minimum=1, whole=True)
         num_examples(self)
+        text = tasks.get_task(self.mixture_or_task_name).output_features.get("text")
+        if isinstance(text, preprocessors.TextFeature):
+            text.check()
 
     def _feature_length(self, key: str) -> int:
         length = self.task_feature_lengths.get(key)

@@ -4,6 +4,7 @@ Random ones draw from the sample's own seed, so a sample looks the same whicheve
 restart, prepares it.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from clipa_t5x.data import vocabularies
+from clipa_t5x.data import text_reduction, vocabularies
 
 # One call per core. Left to tf.data's autotuning, an iterator is deleted only when its tuning
 # thread next wakes, which after a minute of training takes as long again.
@@ -121,22 +122,66 @@ def center_crop(encoded: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
     return tf.image.crop_to_bounding_box(image, top, left, size, size)
 
 
-def tokenize(text: tf.Tensor, vocabulary: vocabularies.BertVocabulary, length: int) -> tf.Tensor:
-    """[CLS], the first pieces, padding; no end token (CLIPA's truncation).
+@dataclasses.dataclass(frozen=True)
+class TextFeature(seqio.Feature):
+    """SeqIO's description of token ids, and how captions are shortened to them.
+
+    Attributes:
+      reduction: one of `text_reduction.STRATEGIES`.
+    """
+
+    reduction: str = "truncate"
+
+    def __post_init__(self) -> None:
+        text_reduction.check(self.reduction)
+
+    def check(self) -> None:
+        """Reads what the reduction needs.
+
+        Raises:
+          UserError: as `text_reduction.check`.
+        """
+        vocabulary: Any = self.vocabulary
+        text_reduction.check(self.reduction, vocabulary)
+
+
+def tokenize(
+    text: tf.Tensor,
+    vocabulary: vocabularies.BertVocabulary,
+    length: int,
+    reduction: str = "truncate",
+    seeds: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """[CLS], at most length - 1 pieces, padding; no end token.
 
     Args:
       text: strings [...n].
       vocabulary: WordPiece vocabulary.
       length: of the result.
+      reduction: how longer texts are shortened: one of `text_reduction.STRATEGIES`.
+      seeds: int64 [...n, 2], what random reductions draw from; None gives every text its place.
 
     Returns:
       int32 [...n, length].
+
+    Raises:
+      UserError: as `text_reduction.check`, or the vocabulary's file is missing or not one.
     """
-    flat = vocabulary.encode_tf(tf.reshape(text, [-1]))[:, : length - 1]
-    ids = flat.to_tensor(vocabulary.pad_id, shape=[None, length - 1])
+    flat = tf.reshape(text, [-1])
+    rows: Any = _places(flat) if seeds is None else tf.reshape(seeds, [-1, 2])
+    pieces = text_reduction.reduce(
+        vocabulary.words_tf(flat), length - 1, reduction, vocabulary=vocabulary, seeds=rows
+    )
+    ids = pieces.to_tensor(vocabulary.pad_id, shape=[None, length - 1])
     first = tf.fill([tf.shape(ids)[0], 1], tf.constant(vocabulary.cls_id, ids.dtype))
     ids = tf.cast(tf.concat([first, ids], axis=1), tf.int32)
     return tf.reshape(ids, tf.concat([tf.shape(text), [length]], axis=0))
+
+
+def _places(values: tf.Tensor) -> tf.Tensor:
+    """A seed for each of [n] values, int64 [n, 2]: (0, where it stands)."""
+    places = tf.range(tf.shape(values, tf.int64)[0])
+    return tf.stack([tf.zeros_like(places), places], axis=1)
 
 
 def parse_records(
@@ -161,14 +206,20 @@ def to_features(
     `sequence_length` carries a stage's resolution and text length, T5X's way:
     {'images': pixels, 'text': tokens}.
     """
+    text_feature: Any = output_features.get("text")
 
     def convert(example: Example) -> dict[str, tf.Tensor]:
         size = sequence_length["images"]
         images = image_preprocessor(example["encoded_image"], size, example["seed"])
         features = {"images": tf.ensure_shape(images, [size, size, 3])}
-        if "text" in output_features:
-            vocabulary: Any = output_features["text"].vocabulary
-            text = tokenize(example["caption"], vocabulary, sequence_length["text"])
+        if text_feature is not None:
+            text = tokenize(
+                example["caption"],
+                text_feature.vocabulary,
+                sequence_length["text"],
+                text_feature.reduction,
+                example["seed"],
+            )
             features["text"] = tf.ensure_shape(text, [sequence_length["text"]])
         passed = {k: example[k] for k in ("index", "label", "caption") if k in example}
         return {**features, **passed}

@@ -42,7 +42,16 @@ def prompts(class_names_path: str, templates_path: str) -> tuple[list[str], int]
 
 
 def tokenize(
-    texts: Sequence[str], vocabulary: vocabularies.BertVocabulary, length: int
+    texts: Sequence[str],
+    vocabulary: vocabularies.BertVocabulary,
+    length: int,
+    reduction: str = "truncate",
 ) -> np.ndarray:
-    """Token ids, int32 [texts, length], exactly as training's."""
-    return preprocessors.tokenize(tf.constant(list(texts)), vocabulary, length).numpy()
+    """Token ids, int32 [texts, length], exactly as training's; `reduction` is the task's, too.
+
+    Random reductions draw from a text's place in the list, so that they are the same every time.
+
+    Raises:
+      UserError: as `preprocessors.tokenize`.
+    """
+    return preprocessors.tokenize(tf.constant(list(texts)), vocabulary, length, reduction).numpy()

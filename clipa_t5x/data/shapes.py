@@ -329,6 +329,16 @@ def phrases() -> list[str]:
     ]
 
 
+def word_classes() -> dict[str, tuple[str, ...]]:
+    """Returns the grammar's nouns, adjectives and verbs; its other words are none of these."""
+    things = "background beach sand meadow grass table sky photo picture object shape stripes dots"
+    return {
+        "noun": (*SHAPES, *_PLURALS.values(), *things.split()),
+        "adjective": (*COLORS, *PATTERNS, *SIZES, *BACKGROUNDS),
+        "verb": ("is", "are"),
+    }
+
+
 # -------------------------------------------------------------------------------- pictures
 
 

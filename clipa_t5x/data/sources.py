@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 from google.protobuf import message
 
-from clipa_t5x.data import record_index
+from clipa_t5x.data import record_index, splitmix
 from clipa_t5x.errors import UserError
 
 # What `img2dataset` writes when a split is a folder of its own.
@@ -36,20 +36,12 @@ class PositionalSource(Protocol):
         ...
 
 
-def _mix(x: tf.Tensor) -> tf.Tensor:
-    """SplitMix64's finaliser (Steele et al., 2014): every bit of uint64 depends on every other."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        shifted = tf.bitwise.right_shift(x, tf.constant(shift, tf.uint64))
-        x = tf.bitwise.bitwise_xor(x, shifted) * tf.constant(factor, tf.uint64)
-    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(31, tf.uint64)))
-
-
 def _epoch_keys(seed: int, epochs: tf.Tensor) -> tf.Tensor:
     """Keys of the permutations, int64 [n, 3], that look unrelated for neighbouring epochs."""
-    step = tf.constant(0x9E3779B97F4A7C15, tf.uint64)
-    key = _mix(tf.bitcast(tf.cast(seed, tf.int64), tf.uint64) + step)
-    key = _mix(key + tf.bitcast(epochs, tf.uint64) * step)
-    keys = [_mix(key + tf.constant(word, tf.uint64)) for word in range(3)]
+    step = tf.constant(splitmix.GAMMA, tf.uint64)
+    key = splitmix.mix(tf.bitcast(tf.cast(seed, tf.int64), tf.uint64) + step)
+    key = splitmix.mix(key + tf.bitcast(epochs, tf.uint64) * step)
+    keys = [splitmix.mix(key + tf.constant(word, tf.uint64)) for word in range(3)]
     return tf.bitcast(tf.stack(keys, axis=1), tf.int64)
 
 

@@ -20,6 +20,7 @@ def image_text_task(
     image_key: str = "jpg",
     caption_key: str = "txt",
     label_key: str | None = None,
+    text_reduction: str = "truncate",
 ) -> str:
     """Registers a SeqIO task over TFRecord shards and returns its name.
 
@@ -36,11 +37,18 @@ def image_text_task(
       image_key: name of the records' field with the encoded image.
       caption_key: name of the field with the caption.
       label_key: name of the field with the label, an int64; None where there is none.
+      text_reduction: how captions are shortened to the text's length, one of
+        `clipa_t5x.data.text_reduction.STRATEGIES`.
+
+    Raises:
+      UserError: there is no such strategy.
     """
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
     features: dict[str, seqio.utils.Feature] = {"images": images}
     if vocabulary is not None:
-        features["text"] = seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32)
+        features["text"] = preprocessors.TextFeature(
+            vocabulary, add_eos=False, dtype=tf.int32, reduction=text_reduction
+        )
     caption = caption_key if vocabulary is not None else None
     fields = (image_key, caption, label_key)
     seqio.TaskRegistry.remove(name)

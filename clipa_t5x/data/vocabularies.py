@@ -9,6 +9,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from clipa_t5x.data import word_classes
 from clipa_t5x.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
@@ -16,13 +17,13 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 
 @functools.cache
 def _tokenize_fn(path: str) -> Any:
-    """Strings [n] to ragged ids [n, pieces]; traced once, as tracing takes seconds."""
+    """Strings [n] to ragged ids [n, words, pieces]; traced once, as tracing takes seconds."""
     with tf.init_scope():
         tokenizer = tf_text.BertTokenizer(path, lower_case=True, token_out_type=tf.dtypes.int32)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.dtypes.string)], autograph=False)
     def tokenize(texts: tf.Tensor) -> Any:
-        return tokenizer.tokenize(texts).merge_dims(1, 2)
+        return tokenizer.tokenize(texts)
 
     return tokenize
 
@@ -76,6 +77,15 @@ class BertVocabulary(seqio.Vocabulary):
     def _ids(self) -> dict[str, int]:
         return {piece: i for i, piece in enumerate(self.pieces)}
 
+    @functools.cached_property
+    def word_classes(self) -> np.ndarray:
+        """The class of every piece, int64 [pieces], from the table beside the file.
+
+        Raises:
+          UserError: a file is missing or damaged, or the table is another vocabulary's.
+        """
+        return word_classes.read(self.path, len(self.pieces))
+
     @property
     def bos_id(self) -> int:
         """Id of [CLS], which stands first in every sequence."""
@@ -107,11 +117,21 @@ class BertVocabulary(seqio.Vocabulary):
         words = [self.pieces[i] for i in ids if i not in (self.pad_id, self.cls_id)]
         return " ".join(words).replace(" ##", "")
 
+    def words_tf(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Ids of the pieces of every word, int32 [n, (words), (pieces)], of strings [n].
+
+        No word is without pieces: an unknown one is [UNK].
+
+        Raises:
+          UserError: the file is missing, or is not a WordPiece vocabulary.
+        """
+        _ = self.pieces  # a missing file is the user's error, not a table's
+        return _tokenize_fn(self.path)(texts)
+
     def _encode_tf(self, s: tf.Tensor) -> Any:
         """Ids (int32 [pieces]) of a scalar string; of [n] strings, a ragged [n, pieces]."""
-        _ = self.pieces  # a missing file is the user's error, not a table's
         scalar = s.shape.rank == 0
-        pieces = _tokenize_fn(self.path)(tf.reshape(s, [-1]))
+        pieces = self.words_tf(tf.reshape(s, [-1])).merge_dims(1, 2)
         return pieces[0] if scalar else pieces
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:

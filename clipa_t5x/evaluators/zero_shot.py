@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipa_t5x import models
-from clipa_t5x.data import input_pipeline, prompts, vocabularies
+from clipa_t5x.data import input_pipeline, prompts, text_reduction, vocabularies
 from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
 
@@ -60,21 +60,24 @@ class ZeroShotClassification:
       class_names_path: text file, one class name a line; a label is a line number from 0.
       templates_path: text file, one prompt a line with {} in the place of the class name.
       vocabulary: tokeniser of the prompts.
+      text_reduction: how long prompts are shortened, one of `text_reduction.STRATEGIES`.
     """
 
     dataset_cfg: input_pipeline.DatasetConfig
     class_names_path: str
     templates_path: str
     vocabulary: vocabularies.BertVocabulary
+    text_reduction: str = "truncate"
 
     def check(self) -> None:
-        """Reads the class names, the templates and the data's index.
+        """Reads the class names, the templates, the data's index and what the reduction needs.
 
         Raises:
           UserError: one of them is missing or not what it should be.
         """
         prompts.prompts(self.class_names_path, self.templates_path)
         self.dataset_cfg.check()
+        text_reduction.check(self.text_reduction, self.vocabulary)
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None
@@ -88,7 +91,7 @@ class ZeroShotClassification:
         del output_dir
         texts, num_templates = prompts.prompts(self.class_names_path, self.templates_path)
         length = self.dataset_cfg.task_feature_lengths["text"]
-        ids = prompts.tokenize(texts, self.vocabulary, length)
+        ids = prompts.tokenize(texts, self.vocabulary, length, self.text_reduction)
         batch_size = self.dataset_cfg.batch_size
         classes = class_embeddings(embed_prompts(params, embed, ids, batch_size), num_templates)
         replicated = jax.sharding.NamedSharding(

@@ -5,7 +5,7 @@ import json
 import pytest
 import tensorflow as tf
 
-from clipa_t5x.data import build, digits, shapes, wordpiece
+from clipa_t5x.data import build, digits, shapes, word_classes, wordpiece
 from clipa_t5x.errors import UserError
 
 SMALL = ["--num_train=40", "--num_validation=6", "--num_zeroshot=33", "--image_size=16"]
@@ -54,6 +54,7 @@ def test_layout(built):
         *(f"classes/{name}.txt" for name in ("shape", "color", "combination")),
         *(f"templates/{name}.txt" for name in ("shapes", "shape", "color")),
         "vocab.txt",
+        "vocab.tags.json",
         "manifest.json",
     }
     assert [path.name for path in built.parent.iterdir()] == ["shapes"]
@@ -221,6 +222,42 @@ def test_digits(built_digits):
             text = record["txt"].bytes_list.value[0].decode()
             assert {names[label], str(label)} & set(text.split())
     assert not keys["train"] & keys["validation"]
+
+
+@pytest.mark.parametrize("name, module", [("shapes", shapes), ("digits", digits)])
+def test_built_vocabularies_have_their_word_classes(request, name, module):
+    directory = request.getfixturevalue({"shapes": "built", "digits": "built_digits"}[name])
+    pieces = (directory / "vocab.txt").read_text().splitlines()
+    classes = word_classes.read(str(directory / "vocab.txt"), len(pieces))
+    found = dict(zip(pieces, classes.tolist(), strict=True))
+    listed = module.word_classes()
+    for kind, words in listed.items():
+        assert {found[word] for word in words} == {word_classes.NAMES[kind]}
+    # Every class name is made of nouns and adjectives, which the syntax reduction keeps first.
+    for names in module.class_lists().values():
+        kept = {found[word] for text in names for word in text.split()}
+        assert kept <= {word_classes.NOUN, word_classes.ADJECTIVE}
+    assert sum(map(len, listed.values())) == sum(classes != word_classes.OTHER)
+    table = json.loads((directory / "vocab.tags.json").read_text())
+    assert table["tagger"] == "builtin"
+
+
+def test_tags_of_a_vocabulary(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n[UNK]\n[CLS]\ndog\nred\nrun\nof\n")
+    tags = {"dog": "NN", "red": "JJ", "run": "VBP", "of": "IN"}
+    fake = word_classes.Tagger("fake", "1.5", lambda text: [tags.get(text, "NNP")])
+    monkeypatch.setitem(word_classes.TAGGERS, "nltk", lambda: fake)
+    assert build.main(["tags", f"--vocabulary_path={path}", "--tagger=nltk"]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/vocab.tags.json is ready (fake 1.5)" in out
+    assert "noun 4, adjective 1, verb 1, other 1" in out
+    assert word_classes.read(str(path), 7).tolist() == [1, 1, 1, 1, 2, 3, 4]
+
+
+def test_tags_of_no_vocabulary(tmp_path, capsys):
+    assert build.main(["tags", f"--vocabulary_path={tmp_path}/vocab.txt"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: vocabulary file {tmp_path}/vocab.txt does")
 
 
 class Terminal(io.StringIO):

@@ -4,7 +4,12 @@ import seqio
 import tensorflow as tf
 import tiny_records
 
-from clipa_t5x.data import feature_converters, preprocessors, tasks
+from clipa_t5x.data import (
+    feature_converters,
+    preprocessors,
+    prompts,
+    tasks,
+)
 from clipa_t5x.errors import UserError
 
 COUNT = 13
@@ -24,14 +29,14 @@ def seqio_examples(name, **kwargs):
     return list(ds.as_numpy_iterator())
 
 
-def own_examples(name, count=COUNT):
+def own_examples(name, count=COUNT, first=0, lengths=tiny_records.LENGTHS):
     """The built-in engine's path."""
     ds = tasks.get_source(name).examples_at(
-        "train", tf.range(count, dtype=tf.int64), shuffle=False, seed=0
+        "train", tf.range(first, count, dtype=tf.int64), shuffle=False, seed=0
     )
     ds = tf.data.Dataset.from_tensor_slices(ds)
-    ds = tasks.get_task(name).preprocess_postcache(ds, tiny_records.LENGTHS)
-    return list(feature_converters.convert(ds, tiny_records.LENGTHS)[0].as_numpy_iterator())
+    ds = tasks.get_task(name).preprocess_postcache(ds, lengths)
+    return list(feature_converters.convert(ds, lengths)[0].as_numpy_iterator())
 
 
 def test_seqio_sees_the_same_examples(directory):
@@ -103,6 +108,45 @@ def test_a_second_call_replaces_the_task(directory):
     tiny_records.task("tasks_test", directory, preprocessors.squash)
     name = tiny_records.task("tasks_test", directory, vocabulary=None)
     assert "text" not in tasks.get_task(name).output_features
+
+
+@pytest.mark.parametrize("strategy, first", [
+    ("syntax", "photo red cat"),  # of five words three, of whose four pieces three
+    ("random", None),
+])  # fmt: skip
+def test_captions_are_shortened_as_the_task_says(directory, strategy, first):
+    vocabulary = tiny_records.vocabulary(directory)
+    tiny_records.write_word_classes(vocabulary)
+    name = tiny_records.task("tasks_test", directory, text_reduction=strategy)
+    lengths = {"images": 4, "text": 4}
+    examples = own_examples(name, lengths=lengths)
+    captions = [example["caption"].decode() for example in examples]
+    # Prompts in the same order are cut alike: a prompt's place is its seed, as here the sample's.
+    expected = prompts.tokenize(captions, vocabulary, 4, strategy)
+    np.testing.assert_array_equal([example["text"] for example in examples], expected)
+    assert first in (None, vocabulary.decode(examples[0]["text"]))
+    if strategy == "random":  # a run that begins in the middle draws what the other drew there
+        resumed = own_examples(name, first=5, lengths=lengths)
+        np.testing.assert_array_equal([example["text"] for example in resumed], expected[5:])
+
+
+def test_an_unknown_reduction_is_refused_at_once(directory):
+    with pytest.raises(UserError, match="TEXT_REDUCTION is 'shorter'"):
+        tiny_records.task("tasks_test", directory, text_reduction="shorter")
+
+
+def test_a_task_that_lacks_its_word_classes(directory, tmp_path):
+    vocabulary = tiny_records.vocabulary(tmp_path)
+    arguments = {"vocabulary": vocabulary, "text_reduction": "syntax"}
+    name = tiny_records.task("tasks_test", directory, **arguments)
+    for use in (
+        lambda: tiny_records.config(name).check(),
+        lambda: own_examples(name),
+    ):
+        with pytest.raises(UserError, match="does not exist.*data.build tags"):
+            use()
+    tiny_records.write_word_classes(vocabulary)
+    tiny_records.config(tiny_records.task("tasks_test", directory, **arguments)).check()
 
 
 def test_registering_reads_no_file(tmp_path):

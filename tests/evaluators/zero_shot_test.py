@@ -69,11 +69,14 @@ def task(directory):
     return tiny_records.task("zero_shot_test", directory, preprocessors.squash, vocabulary=None)
 
 
-def classification(directory, task, batch_size=8, max_examples=None, **files):
+def classification(
+    directory, task, batch_size=8, max_examples=None, text_reduction="truncate", **files
+):
     files = {"class_names_path": "names.txt", "templates_path": "templates.txt", **files}
     return zero_shot.ZeroShotClassification(
         dataset_cfg=tiny_records.config(task, batch_size, shuffle=False, max_examples=max_examples),
         vocabulary=tiny_records.vocabulary(directory),
+        text_reduction=text_reduction,
         **{key: str(directory / name) for key, name in files.items()},
     )
 
@@ -167,6 +170,33 @@ def test_data_that_do_not_fit_are_refused(directory, task, params, embed):
         classification(directory, task, templates_path="absent.txt"), params, functions,
         directory / "absent.txt", "does not exist",
     )  # fmt: skip
+
+
+def test_prompts_are_shortened_as_told(directory, task, params, embed, monkeypatch):
+    vocabulary = tiny_records.vocabulary(directory)
+    tiny_records.write_word_classes(vocabulary)
+    seen = []
+
+    def embed_prompts(params, embed, ids, batch_size):
+        seen.append([vocabulary.decode(row) for row in ids])
+        return original(params, embed, ids, batch_size)
+
+    original = zero_shot.embed_prompts
+    monkeypatch.setattr(zero_shot, "embed_prompts", embed_prompts)
+    monkeypatch.setitem(tiny_records.LENGTHS, "text", 3)
+    for strategy, first in (("truncate", "a photo"), ("syntax", "red cat")):
+        item = classification(directory, task, text_reduction=strategy)
+        item.check()
+        item.evaluate(params, embed(), None)
+        assert seen[-1][:2] == [first, "red cat"]
+
+
+def test_a_reduction_that_cannot_be_is_refused(directory, task, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\n")
+    (tmp_path / "templates.txt").write_text("a {}\n")
+    for strategy, part in (("syntax", "vocab.tags.json"), ("none", "'truncate'")):
+        with pytest.raises(UserError, match=part):
+            classification(tmp_path, task, text_reduction=strategy).check()
 
 
 def test_data_without_labels_are_refused(directory, params, embed):
