@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics"},
     {"models", "optimizers", "data", "weights", "train_state"},
-    {"trainer", "checkpoints", "evaluators", "model_info", "stage_info"}
+    {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"},
     {"main", "train", "eval", "schedule", "report", "data.build"}
     | {"export", "precompile", "import_weights"},
