@@ -34,9 +34,8 @@ def check_num_microbatches(num_microbatches: int, batch_size: int, num_parts: in
     if not is_count or num_microbatches < 1 or rows % num_microbatches:
         sizes = ", ".join(str(size) for size in range(1, rows + 1) if rows % size == 0)
         raise UserError(
-            f"NUM_MICROBATCHES is {num_microbatches!r}; it must divide the {rows} rows that each "
-            f"of {num_parts} parts of the mesh holds of BATCH_SIZE {batch_size}: choose one of "
-            f"{sizes}."
+            f"NUM_MICROBATCHES is {num_microbatches!r}; it must divide the {rows} rows that a "
+            f"device holds of BATCH_SIZE {batch_size}: choose one of {sizes}."
         )
 
 

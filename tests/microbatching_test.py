@@ -11,7 +11,6 @@ LOSSES = {
     "softmax": {"loss": functools.partial(losses.softmax_contrastive, num_chunks=2)},
     "sigmoid": {"loss": losses.sigmoid_contrastive, "init_logit_bias": -2.0},
 }
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +72,8 @@ def _assert_equal_gradients(grads, expected):
     [
         ("softmax", 4, 1),
         ("sigmoid", 2, 8),
-        pytest.param("softmax", 2, 8, marks=SLOW),
-        pytest.param("sigmoid", 16, 1, marks=SLOW),
+        pytest.param("softmax", 2, 8, marks=pytest.mark.slow),
+        pytest.param("sigmoid", 16, 1, marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_the_whole_batchs(
@@ -111,8 +110,8 @@ def test_what_does_not_divide_a_devices_rows_is_refused(number):
     with pytest.raises(errors.UserError) as caught:
         microbatching.check_num_microbatches(number, batch_size=64, num_parts=8)
     assert str(caught.value) == (
-        f"NUM_MICROBATCHES is {number!r}; it must divide the 8 rows that each of 8 parts of the "
-        "mesh holds of BATCH_SIZE 64: choose one of 1, 2, 4, 8."
+        f"NUM_MICROBATCHES is {number!r}; it must divide the 8 rows that a device holds of "
+        "BATCH_SIZE 64: choose one of 1, 2, 4, 8."
     )
 
 

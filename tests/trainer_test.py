@@ -34,7 +34,7 @@ MORE_PARTITIONERS = {
 def _optimizer(**kwargs):
     # A large eps: where a gradient is zero but for rounding (a key's bias), Adam would turn its
     # sign, which is noise, into a whole update.
-    return optimizers.adamw(schedules.warmup_cosine(0.05, 10), eps=1e-2, **kwargs)
+    return optimizers.adamw(schedules.warmup_cosine(0.05, 10), eps=0.1, **kwargs)
 
 
 def _batch_spec(batch):
