@@ -4,7 +4,8 @@ A contrastive loss compares every pair of the batch, so that gradients of smalle
 up to its own. Those through cached embeddings do (Gao et al., 2021, "Scaling Deep Contrastive
 Learning Batch Size under Memory Limited Setup", section 3): embed all microbatches and keep nothing
 else, take the loss of all embeddings at once, then run every microbatch again and send its
-embeddings' gradient back through it. That costs one more forward pass.
+embeddings' gradient back through it. That costs one more forward pass, and
+room for one more gradient.
 """
 
 from typing import Any

@@ -15,10 +15,10 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def model_of(tiny_model):
-    """Returns a function that makes a model with masks and dropped paths, of a loss's name."""
+    """Returns a function from a loss's name to a model with masks, dropped paths and remat."""
 
     def make(loss):
-        image = {"drop_path_rate": 0.1, "mask_ratio": 0.5}
+        image = {"drop_path_rate": 0.1, "mask_ratio": 0.5, "remat_policy": "full"}
         return tiny_model(image=image, text={"depth": 1}, **LOSSES[loss])
 
     return make
@@ -36,7 +36,7 @@ def whole(model_of, random_params, batch):
     @functools.cache
     def get(loss):
         model = model_of(loss)
-        params = random_params(model, batch)
+        params = {**random_params(model, batch), "logit_scale": jnp.log(20.0)}
         return params, jax.device_get(_jitted(model, 1)(params, batch, jax.random.key(1)))
 
     return get
