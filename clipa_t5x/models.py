@@ -10,6 +10,7 @@ import numpy as np
 from flax.linen import spmd
 
 from clipa_t5x import losses
+from clipa_t5x.towers import batch_part
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -62,20 +63,32 @@ class ClipModel(nn.Module):
                 "logit_bias", nn.initializers.constant(self.init_logit_bias), ()
             )
 
-    def embed_images(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def embed_images(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        part: batch_part.BatchPart = batch_part.WHOLE,
+    ) -> jax.Array:
         """uint8 (or normalised float) [batch, height, width, 3] to unit float32 [batch, joint]."""
         if images.dtype == jnp.uint8:
             mean = jnp.asarray(self.image_mean, jnp.float32)
             std = jnp.asarray(self.image_std, jnp.float32)
             images = (images.astype(jnp.float32) - mean) / std
         images = spmd.with_logical_constraint(images, ("batch", None, None, None))
-        embeddings = l2_normalize(self.image_tower(images, train=train))
+        embeddings = l2_normalize(self.image_tower(images, train=train, part=part))
         return spmd.with_logical_constraint(embeddings, ("batch", None))
 
-    def embed_text(self, text: jax.Array, *, train: bool = False) -> jax.Array:
+    def embed_text(
+        self,
+        text: jax.Array,
+        *,
+        train: bool = False,
+        part: batch_part.BatchPart = batch_part.WHOLE,
+    ) -> jax.Array:
         """int32 [batch, length] to unit float32 [batch, joint]."""
         text = spmd.with_logical_constraint(text, ("batch", None))
-        embeddings = l2_normalize(self.text_tower(text, train=train))
+        embeddings = l2_normalize(self.text_tower(text, train=train, part=part))
         return spmd.with_logical_constraint(embeddings, ("batch", None))
 
     def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
@@ -89,12 +102,37 @@ class ClipModel(nn.Module):
         Returns:
           (loss, metrics): float32 scalars; metrics hold loss, accuracy and logit_scale.
         """
+        images, text = self.embed(batch, train=train)
+        return self.contrast(images, text, batch.get("weights"))
+
+    def embed(
+        self, batch: Batch, *, train: bool = False, part: batch_part.BatchPart = batch_part.WHOLE
+    ) -> tuple[jax.Array, jax.Array]:
+        """Unit embeddings of images and texts, float32 [batch, joint] each.
+
+        Args:
+          batch: as for the call; weights are not looked at.
+          train: whether tokens are masked and paths dropped.
+          part: which part of the step's batch this is: it draws its own masks and paths.
+        """
+        return (
+            self.embed_images(batch["images"], train=train, part=part),
+            self.embed_text(batch["text"], train=train, part=part),
+        )
+
+    def contrast(
+        self,
+        image_embeddings: jax.Array,
+        text_embeddings: jax.Array,
+        weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Loss and metrics, as the call's, of a global batch's embeddings [batch, joint]."""
         scale = jnp.exp(self.logit_scale)
         loss, metrics = self.loss(
-            self.embed_images(batch["images"], train=train),
-            self.embed_text(batch["text"], train=train),
+            image_embeddings,
+            text_embeddings,
             scale,
-            batch.get("weights"),
+            weights,
             **({} if self.init_logit_bias is None else {"logit_bias": self.logit_bias}),
         )
         return loss, {"loss": loss, "logit_scale": scale, **metrics}
@@ -105,10 +143,13 @@ def init_params(model: ClipModel, rng: jax.Array, batch: Batch) -> Params:
     return model.init({"params": rng}, batch, train=False)["params"]
 
 
+def step_rngs(rng: jax.Array) -> dict[str, jax.Array]:
+    """The key of every random stream, from a training step's key."""
+    return dict(zip(RNG_STREAMS, jax.random.split(rng, len(RNG_STREAMS)), strict=True))
+
+
 def training_loss(
     model: ClipModel, params: Params, batch: Batch, rng: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Loss and metrics of a training step; `rng` is that step's key."""
-    keys = jax.random.split(rng, len(RNG_STREAMS))
-    rngs: dict[str, jax.Array] = dict(zip(RNG_STREAMS, keys, strict=True))
-    return model.apply({"params": params}, batch, train=True, rngs=rngs)  # pyright: ignore[reportReturnType]
+    return model.apply({"params": params}, batch, train=True, rngs=step_rngs(rng))  # pyright: ignore[reportReturnType]

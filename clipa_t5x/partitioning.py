@@ -154,16 +154,22 @@ class PjitPartitioner:
         spec = spmd.logical_to_mesh_axes(("batch",), self.logical_axis_rules)
         return NamedSharding(mesh or self.mesh, spec or PartitionSpec())
 
+    def _batch_axes(self, mesh: Any) -> tuple[str, ...]:
+        axes = self.batch_sharding(mesh).spec[0] or ()
+        return (axes,) if isinstance(axes, str) else tuple(axes)
+
+    def num_batch_parts(self, mesh: Any = None) -> int:
+        """Into how many parts the mesh splits the rows of a batch."""
+        mesh = mesh or self.mesh
+        return math.prod(mesh.shape[axis] for axis in self._batch_axes(mesh))
+
     def check_batch_size(self, batch_size: int, mesh: Any = None) -> None:
         """Refuses a global batch that the mesh cannot split evenly.
 
         Raises:
           UserError: names both and the nearest sizes that do.
         """
-        sharding = self.batch_sharding(mesh)
-        axes = sharding.spec[0] or ()
-        axes = (axes,) if isinstance(axes, str) else axes
-        parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=np.int64))
+        axes, parts = self._batch_axes(mesh), self.num_batch_parts(mesh)
         if batch_size < 1 or batch_size % parts:
             below = batch_size // parts * parts
             sizes = [str(size) for size in (below, below + parts) if size > 0]

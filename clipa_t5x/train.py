@@ -66,7 +66,7 @@ def train(
       random_seed: of parameters and of masks.
       summarize_config_fn: called as (model_dir, clu writer, step); writes the configuration that
         made these arguments into `model_dir`.
-      trainer_cls: makes the trainer from model, optimizer, partitioner and batch spec.
+      trainer_cls: makes the trainer from model, optimizer, partitioner, batch spec and mesh.
 
     Returns:
       The final state.
@@ -397,6 +397,7 @@ def describe(
     partitioner: partitioning.PjitPartitioner,
     train_dataset_cfg: input_pipeline.DatasetConfig,
     mesh_shape: Mapping[str, int] | None = None,
+    trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
     **_: Any,
 ) -> str:
     """What `train` would run, on a mesh without devices; allocates no parameters, reads no data.
@@ -407,10 +408,11 @@ def describe(
       partitioner: as for `train`.
       train_dataset_cfg: as for `train`.
       mesh_shape: axis sizes; the recipe's intended mesh where None.
+      trainer_cls: as for `train`.
       **_: the other arguments of `train`, which only had to be constructible.
     """
     mesh = partitioner.abstract_mesh(mesh_shape)
-    trainer = trainer_lib.Trainer(
+    trainer = trainer_cls(
         model=model,
         optimizer=optimizer,
         partitioner=partitioner,

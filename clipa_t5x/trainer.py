@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clipa_t5x import models, optimizers, partitioning, train_state
+from clipa_t5x import microbatching, models, optimizers, partitioning, train_state
 
 Metrics = Mapping[str, jax.Array]
 
@@ -24,6 +24,7 @@ def train_step(
     *,
     model: models.ClipModel,
     optimizer: optimizers.Optimizer,
+    num_microbatches: int = 1,
 ) -> tuple[train_state.TrainState, Metrics]:
     """One update: a pure function.
 
@@ -32,14 +33,14 @@ def train_step(
       batch: global, see `models.ClipModel.__call__`.
       model: the model.
       optimizer: the update rule.
+      num_microbatches: see `microbatching.value_and_grad`.
 
     Returns:
       The state after the update, and float32 scalars: the model's metrics, the learning rate of
       this update, and the global norms of gradient, parameters (before) and update.
     """
-    loss_fn = functools.partial(models.training_loss, model, batch=batch, rng=state.step_rng())
-    (_, metrics), grads = jax.value_and_grad(lambda p: loss_fn(params=p), has_aux=True)(
-        state.params
+    (_, metrics), grads = microbatching.value_and_grad(
+        model, state.params, batch, state.step_rng(), num_microbatches
     )
     updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
     metrics = {
@@ -69,6 +70,7 @@ class Trainer:
         partitioner: partitioning.PjitPartitioner,
         batch_spec: Mapping[str, jax.ShapeDtypeStruct],
         mesh: Any = None,
+        num_microbatches: int = 1,
     ):
         """Works out shapes and shardings; computes nothing.
 
@@ -78,14 +80,21 @@ class Trainer:
           partitioner: mesh and rules.
           batch_spec: shapes and dtypes of a global batch.
           mesh: instead of the partitioner's own, an abstract one for a dry run.
+          num_microbatches: how many parts of the batch the train step runs one after the other, for
+            less memory and with the same result; see `microbatching.value_and_grad`.
 
         Raises:
-          UserError: a parameter's dimension, or the batch, does not divide by the mesh.
+          UserError: a parameter's dimension, or the batch, does not divide by the mesh, or a
+            device's share of the batch by num_microbatches.
         """
         self._model, self._optimizer, self._partitioner = model, optimizer, partitioner
         self.mesh = mesh or partitioner.mesh
-        partitioner.check_batch_size(batch_spec["images"].shape[0], self.mesh)
-        self._batch_spec = batch_spec
+        batch_size = batch_spec["images"].shape[0]
+        partitioner.check_batch_size(batch_size, self.mesh)
+        microbatching.check_num_microbatches(
+            num_microbatches, batch_size, partitioner.num_batch_parts(self.mesh)
+        )
+        self._batch_spec, self._num_microbatches = batch_spec, num_microbatches
         init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
         self._init_params = lambda rng: nn.unbox(init(rng))
         self.boxed_params = jax.eval_shape(init, jax.random.key(0))
@@ -146,7 +155,12 @@ class Trainer:
     def compiled_train_step(self) -> Any:
         """The train step, compiled ahead of time; its state argument is donated."""
         step = jax.jit(
-            functools.partial(train_step, model=self._model, optimizer=self._optimizer),
+            functools.partial(
+                train_step,
+                model=self._model,
+                optimizer=self._optimizer,
+                num_microbatches=self._num_microbatches,
+            ),
             donate_argnums=0,
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
         )

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
-    {"trainer", "checkpoints", "evaluators", "model_info", "stage_info"}
+    {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"},
     {"main", "train", "eval", "schedule", "report", "data.build"}

@@ -23,6 +23,10 @@ STAGE1 = f"--gin_file={experiments.GIN}/digits_stage1.gin"
         ([STAGE1, "--gin.MODEL_DIR='x'", "--gin.adamw.weight_decy=1"], "weight_decy"),
         ([STAGE1, "--gin.MODEL_DIR='x'", "--dry_run", "--mesh=256"], "--mesh is '256'"),
         ([STAGE1, "--gin.MODEL_DIR='x'", "--dry_run", "--mesh=data=7"], "BATCH_SIZE is"),
+        (
+            [STAGE1, "--dry_run", "--mesh=data=8", "--gin.NUM_MICROBATCHES=3"],
+            "NUM_MICROBATCHES is 3",
+        ),
         ([STAGE1, "--process_count=2"], "go together"),
     ],
 )

@@ -206,7 +206,7 @@ def test_masks_and_dropped_paths_have_streams_of_their_own(tiny_model, tiny_batc
 
     class Spy(nn.Module):
         @nn.compact
-        def __call__(self, inputs, *, train):
+        def __call__(self, inputs, *, train, part):
             for stream in models.RNG_STREAMS:
                 seen.setdefault(stream, []).append(jax.random.key_data(self.make_rng(stream)))
             return jnp.ones((inputs.shape[0], 4))

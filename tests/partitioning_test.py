@@ -168,6 +168,8 @@ def test_rows_of_a_batch_lie_on_replica_and_data():
     sharding = partitioner.batch_sharding()
     assert sharding == NamedSharding(partitioner.mesh, P(ROWS))
     assert sharding.shard_shape((16, 8, 8, 3)) == (4, 8, 8, 3)
+    assert partitioner.num_batch_parts() == 4
+    assert partitioner.num_batch_parts(partitioner.abstract_mesh({"data": 64})) == 64
 
 
 @pytest.mark.parametrize(
@@ -190,6 +192,7 @@ def test_batches_that_divide_pass():
 def test_without_a_rule_for_the_batch_every_device_holds_all_of_it():
     partitioner = partitioning.PjitPartitioner(logical_axis_rules=[("embed", None)])
     assert partitioner.batch_sharding().is_fully_replicated
+    assert partitioner.num_batch_parts() == 1
     partitioner.check_batch_size(3)
 
 

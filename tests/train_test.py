@@ -146,6 +146,7 @@ def test_a_finished_run_has_nothing_to_do(tmp_path):
     [
         ("digits_stage1", ["MODEL_DIR = ''"], "MODEL_DIR is empty"),
         ("digits_stage1", ["BATCH_SIZE = 60"], r"BATCH_SIZE is 60.*8 parts.*56 or 64"),
+        ("digits_stage1", ["NUM_MICROBATCHES = 5"], "is 5.* 8 rows .*64: .*, 4, 8"),
         ("digits_stage1", ["VOCABULARY_PATH = 'no/vocab.txt'"], "vocabulary file no/vocab.txt"),
         ("digits_stage1", ["DATA_DIR = 'nowhere'"], "directory nowhere does not exist"),
         ("digits_stage1", ["MIXTURE_OR_TASK_NAME = 'digit'"], "'digit', which is not a registered"),

@@ -19,6 +19,7 @@ PARTITIONERS = {
     "data=8, fsdp": {"logical_axis_rules": FSDP},
     "data=2,model=4, data parallel": {"num_partitions": 4},
     "replica=2,data=2,model=2, fsdp": {**TWO_SLICES, "logical_axis_rules": FSDP},
+    "replica=2,data=2,model=2, 4 microbatches": {**TWO_SLICES, "num_microbatches": 4},
 }
 MORE_PARTITIONERS = {
     "data=8, data parallel": {},
@@ -33,14 +34,14 @@ MORE_PARTITIONERS = {
 def _optimizer(**kwargs):
     # A large eps: where a gradient is zero but for rounding (a key's bias), Adam would turn its
     # sign, which is noise, into a whole update.
-    return optimizers.adamw(schedules.warmup_cosine(0.05, 10), eps=1e-2, **kwargs)
+    return optimizers.adamw(schedules.warmup_cosine(0.05, 10), eps=0.1, **kwargs)
 
 
 def _batch_spec(batch):
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
-def _make_trainer(batch, model, optimizer=None, num_devices=8, **partitioner):
+def _make_trainer(batch, model, optimizer=None, num_devices=8, num_microbatches=1, **partitioner):
     return trainer.Trainer(
         model=model,
         optimizer=optimizer or _optimizer(),
@@ -48,6 +49,7 @@ def _make_trainer(batch, model, optimizer=None, num_devices=8, **partitioner):
             devices=jax.devices()[:num_devices], **partitioner
         ),
         batch_spec=_batch_spec(batch),
+        num_microbatches=num_microbatches,
     )
 
 
@@ -284,3 +286,8 @@ def test_an_abstract_mesh_needs_no_devices(tiny_model, tiny_batch):
 def test_a_batch_that_does_not_divide_is_refused(tiny_model, tiny_batch):
     with pytest.raises(errors.UserError, match="BATCH_SIZE is 12, not a multiple of the 8 parts"):
         _make_trainer(tiny_batch(12), tiny_model())
+
+
+def test_microbatches_that_do_not_divide_are_refused(tiny_model, tiny_batch):
+    with pytest.raises(errors.UserError, match="NUM_MICROBATCHES is 3; it must divide the 2 rows"):
+        _make_trainer(tiny_batch(16), tiny_model(), num_microbatches=3)

@@ -14,6 +14,7 @@ from flax.linen import spmd
 from jax.ad_checkpoint import checkpoint_name
 
 from clipa_t5x.errors import UserError
+from clipa_t5x.towers import batch_part
 
 Initializer = Callable[..., Any]
 DTypeLike = Any
@@ -206,7 +207,10 @@ class Mlp(nn.Module):
 
 
 def drop_path(
-    branch: jax.Array, rate: jax.Array | float, rng_fn: Callable[[], jax.Array]
+    branch: jax.Array,
+    rate: jax.Array | float,
+    rng_fn: Callable[[], jax.Array],
+    part: batch_part.BatchPart = batch_part.WHOLE,
 ) -> jax.Array:
     """Zeroes a residual branch per sample with probability `rate`, else divides it by 1 - rate.
 
@@ -216,9 +220,11 @@ def drop_path(
       branch: [batch, length, width].
       rate: scalar probability in [0, 1), traced under the layer scan.
       rng_fn: returns the random key.
+      part: which part of the batch this is.
     """
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    kept = jax.random.bernoulli(rng_fn(), keep, (branch.shape[0], 1, 1))
+    rng = rng_fn()
+    kept = part.draw(lambda n: jax.random.bernoulli(rng, keep, (n, 1, 1)), branch.shape[0])
     return jnp.where(kept, branch / keep.astype(branch.dtype), jnp.zeros_like(branch))
 
 
@@ -239,14 +245,18 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, drop_path_rate: jax.Array, mask: jax.Array | None
+        self,
+        x: jax.Array,
+        drop_path_rate: jax.Array,
+        mask: jax.Array | None,
+        part: batch_part.BatchPart,
     ) -> tuple[jax.Array, None]:
         """Maps x [batch, length, width] to the same shape; see `MultiHeadAttention` for `mask`."""
         inits = kernel_inits(self.init_style, x.shape[-1], self.init_depth)
 
         def add(residual: jax.Array, branch: jax.Array) -> jax.Array:
             if self.use_drop_path:
-                branch = drop_path(branch, drop_path_rate, lambda: self.make_rng("drop_path"))
+                branch = drop_path(branch, drop_path_rate, lambda: self.make_rng("drop_path"), part)
             return spmd.with_logical_constraint(residual + branch, ("batch", "length", "embed"))
 
         normed = layer_norm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm1")(x)
@@ -284,11 +294,17 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, mask: jax.Array | None = None, train: bool = False
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        part: batch_part.BatchPart = batch_part.WHOLE,
     ) -> jax.Array:
         """Maps [batch, length, width] to the same shape.
 
-        Drop path is active only where `train` is set, and draws from the 'drop_path' stream.
+        Drop path is active only where `train` is set, and draws from the 'drop_path' stream what
+        falls to this `part` of the batch.
         """
         block_cls: Any = EncoderBlock
         if self.remat_policy != "none":
@@ -306,7 +322,7 @@ class Encoder(nn.Module):
         }
         rates = jnp.linspace(0.0, self.drop_path_rate, self.depth)
         if self.scan_layers:
-            in_axes: Any = (0, nn.broadcast)
+            in_axes: Any = (0, nn.broadcast, nn.broadcast)
             scanned = nn.scan(
                 block_cls,
                 variable_axes={"params": 0},
@@ -315,9 +331,9 @@ class Encoder(nn.Module):
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return scanned(**settings, name="layers")(x, rates, mask)[0]
+            return scanned(**settings, name="layers")(x, rates, mask, part)[0]
         for i in range(self.depth):
-            x, _ = block_cls(**settings, name=f"layers_{i}")(x, rates[i], mask)
+            x, _ = block_cls(**settings, name=f"layers_{i}")(x, rates[i], mask, part)
         return x
 
 

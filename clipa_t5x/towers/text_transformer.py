@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import spmd
 
-from clipa_t5x.towers import layers, position_embeddings
+from clipa_t5x.towers import batch_part, layers, position_embeddings
 
 
 def attention_mask(ids: jax.Array, *, causal: bool, mask_padding: bool) -> jax.Array | None:
@@ -65,12 +65,19 @@ class TextTransformer(nn.Module):
     init_depth: int = 12
 
     @nn.compact
-    def __call__(self, ids: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        ids: jax.Array,
+        *,
+        train: bool = False,
+        part: batch_part.BatchPart = batch_part.WHOLE,
+    ) -> jax.Array:
         """Embeds texts.
 
         Args:
           ids: int32 [batch, length].
           train: whether paths are dropped.
+          part: which part of the batch this is.
 
         Returns:
           [batch, out_dim] (or [batch, width] without projection), of `dtype`, not normalised.
@@ -101,6 +108,7 @@ class TextTransformer(nn.Module):
             x,
             mask=attention_mask(ids, causal=self.causal, mask_padding=self.mask_padding),
             train=train,
+            part=part,
         )
         x = layers.layer_norm(
             epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm"

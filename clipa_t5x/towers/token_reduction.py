@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipa_t5x.errors import UserError, check_number
-from clipa_t5x.towers import layers
+from clipa_t5x.towers import batch_part, layers
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -65,7 +65,13 @@ def block_shapes(grid: Grid, max_patches: int) -> list[Grid]:
     return [(height, width), turned] if both else [(height, width)]
 
 
-def mask(rng: jax.Array, patches: jax.Array, mask_ratio: float, strategy: str) -> jax.Array:
+def mask(
+    rng: jax.Array,
+    patches: jax.Array,
+    mask_ratio: float,
+    strategy: str,
+    part: batch_part.BatchPart = batch_part.WHOLE,
+) -> jax.Array:
     """Keeps some of each sample's patches, drawn anew for every sample.
 
     * 'random': every subset of the right size is equally likely (FLIP, Li et al., 2023, section 3).
@@ -81,6 +87,7 @@ def mask(rng: jax.Array, patches: jax.Array, mask_ratio: float, strategy: str) -
       patches: [batch, rows, columns, width].
       mask_ratio: share of the patches to drop, in [0, 1).
       strategy: one of these names.
+      part: which part of the batch this is.
 
     Returns:
       [batch, num_kept((rows, columns), mask_ratio, strategy), width].
@@ -99,7 +106,7 @@ def mask(rng: jax.Array, patches: jax.Array, mask_ratio: float, strategy: str) -
         "grid": functools.partial(_grid_indices, grid=grid, kept=kept),
         "block": functools.partial(_block_indices, grid=grid, kept=kept),
     }
-    indices = layers.choose("mask_strategy", strategy, choices)(rng, batch)
+    indices = layers.choose("mask_strategy", strategy, choices)(rng, batch, part)
     return jnp.take_along_axis(flat, indices[:, :, None], axis=1)
 
 
@@ -108,11 +115,20 @@ def _lowest(scores: jax.Array, kept: int) -> jax.Array:
     return jnp.sort(jnp.argsort(scores, axis=1)[:, :kept], axis=1)
 
 
-def _random_indices(rng: jax.Array, batch: int, num_patches: int, kept: int) -> jax.Array:
-    return _lowest(jax.random.uniform(rng, (batch, num_patches)), kept)
+def _uniform(rng: jax.Array, batch: int, part: batch_part.BatchPart, *shape: int) -> jax.Array:
+    """Numbers in [0, 1) for every sample: float32 [batch, *shape]."""
+    return part.draw(lambda n: jax.random.uniform(rng, (n, *shape)), batch)
 
 
-def _grid_indices(rng: jax.Array, batch: int, grid: Grid, kept: int) -> jax.Array:
+def _random_indices(
+    rng: jax.Array, batch: int, part: batch_part.BatchPart, num_patches: int, kept: int
+) -> jax.Array:
+    return _lowest(_uniform(rng, batch, part, num_patches), kept)
+
+
+def _grid_indices(
+    rng: jax.Array, batch: int, part: batch_part.BatchPart, grid: Grid, kept: int
+) -> jax.Array:
     """Shuffles each window, then takes its first, second ... patches until there are enough.
 
     A patch's score is its place within its window, as a share of the window's size, plus a random
@@ -121,10 +137,10 @@ def _grid_indices(rng: jax.Array, batch: int, grid: Grid, kept: int) -> jax.Arra
     """
     members, sizes = _windows(grid)
     order_rng, tie_rng = jax.random.split(rng)
-    noise = jax.random.uniform(order_rng, (batch, *members.shape))
+    noise = _uniform(order_rng, batch, part, *members.shape)
     noise = jnp.where(members < 0, 2.0, noise)  # absent members come last
     places = jnp.argsort(jnp.argsort(noise, axis=2), axis=2)
-    ties = jax.random.uniform(tie_rng, places.shape)
+    ties = _uniform(tie_rng, batch, part, *members.shape)
     scores = (places + ties) / sizes[:, None]
     # From window order back to row-major order of the grid.
     where = np.argsort(np.where(members < 0, members.size, members).ravel(), kind="stable")
@@ -142,15 +158,17 @@ def _windows(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return members, np.sum(members >= 0, axis=1)
 
 
-def _block_indices(rng: jax.Array, batch: int, grid: Grid, kept: int) -> jax.Array:
+def _block_indices(
+    rng: jax.Array, batch: int, part: batch_part.BatchPart, grid: Grid, kept: int
+) -> jax.Array:
     rows, columns = grid
     shapes = block_shapes(grid, kept)
     # Per shape: a block's patches from its corner, and how many corners there are each way.
     offsets = [(np.arange(h)[:, None] * columns + np.arange(w)).ravel() for h, w in shapes]
     corners = np.asarray([(rows - h + 1, columns - w + 1) for h, w in shapes])
     shape_rng, corner_rng = jax.random.split(rng)
-    shape = jax.random.randint(shape_rng, (batch,), 0, len(shapes))
-    places = jax.random.uniform(corner_rng, (batch, 2))
+    shape = part.draw(lambda n: jax.random.randint(shape_rng, (n,), 0, len(shapes)), batch)
+    places = _uniform(corner_rng, batch, part, 2)
     corner = (places * jnp.asarray(corners)[shape]).astype(jnp.int32)
     first = corner[:, 0] * columns + corner[:, 1]
     return first[:, None] + jnp.asarray(np.stack(offsets))[shape]

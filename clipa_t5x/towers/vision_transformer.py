@@ -7,7 +7,7 @@ from absl import logging
 from flax.linen import spmd
 
 from clipa_t5x.errors import UserError
-from clipa_t5x.towers import layers, position_embeddings, token_reduction
+from clipa_t5x.towers import batch_part, layers, position_embeddings, token_reduction
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -123,12 +123,19 @@ class VisionTransformer(nn.Module):
     init_depth: int = 12
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        part: batch_part.BatchPart = batch_part.WHOLE,
+    ) -> jax.Array:
         """Embeds images.
 
         Args:
           images: float [batch, height, width, 3], already normalised.
           train: whether patches are masked ('patch_mask' stream) and paths dropped.
+          part: which part of the batch this is.
 
         Returns:
           [batch, out_dim] (or [batch, width] without projection), of `dtype`, not normalised.
@@ -142,7 +149,7 @@ class VisionTransformer(nn.Module):
         patches = x + positions[1:].reshape(rows, columns, self.width)
         if train and self.mask_ratio > 0:
             patches = token_reduction.mask(
-                self.make_rng("patch_mask"), patches, self.mask_ratio, self.mask_strategy
+                self.make_rng("patch_mask"), patches, self.mask_ratio, self.mask_strategy, part
             )
         patches = patches.reshape(batch, -1, self.width)
         first = jnp.broadcast_to(
@@ -163,7 +170,7 @@ class VisionTransformer(nn.Module):
             init_style=self.init_style,
             init_depth=self.init_depth,
             name="encoder",
-        )(x, train=train)
+        )(x, train=train, part=part)
         return layers.project(self._pool(x), self.out_dim, self.dtype)
 
     def _position_table(self, rows: int, columns: int) -> jax.Array:
