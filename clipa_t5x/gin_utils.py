@@ -121,9 +121,14 @@ def get_root(root: str) -> Callable[..., Any]:
         try:
             return configured(*args, **kwargs)
         except errors.UserError as error:
-            raise errors.UserError(str(error).partition(_GIN_CONTEXT)[0]) from error
+            raise errors.UserError(message(error)) from error
 
     return call
+
+
+def message(error: errors.UserError) -> str:
+    """The error as it was raised, without the lines that gin appends."""
+    return str(error).partition(_GIN_CONTEXT)[0]
 
 
 def query(name: str) -> Any:
