@@ -35,9 +35,11 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypa
     with pytest.raises(SystemExit) as exit_:
         main.run("train", [*arguments, "--compilation_cache_dir="])
     assert exit_.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    stderr = capsys.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
+    assert "In call to configurable" not in stderr
 
 
 def test_what_is_not_the_users_mistake_keeps_its_traceback():
