@@ -127,11 +127,15 @@ def get_root(root: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _errors_as_raised() -> Iterator[None]:
-    """Takes off a `UserError` the lines that gin appends."""
     try:
         yield
     except errors.UserError as error:
-        raise errors.UserError(str(error).partition(_GIN_CONTEXT)[0]) from error
+        raise errors.UserError(message(error)) from error
+
+
+def message(error: errors.UserError) -> str:
+    """The error as it was raised, without the lines that gin appends."""
+    return str(error).partition(_GIN_CONTEXT)[0]
 
 
 def query(name: str) -> Any:

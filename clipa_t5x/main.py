@@ -132,7 +132,7 @@ def one_line_errors(call: Callable[[], Any]) -> int:
         call()
     except errors.UserError as error:
         logging.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {gin_utils.message(error)}", file=sys.stderr)
         return 2
     return 0
 
