@@ -48,7 +48,7 @@ def _times(eqn: core.JaxprEqn) -> int:
         return eqn.params["length"]
     if eqn.primitive.name == "shard_map":
         mesh = eqn.params["mesh"]
-        return math.prod(mesh.shape[axis] for axis in eqn.params["manual_axes"])
+        return math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])
     return 1
 
 

@@ -15,6 +15,7 @@ _ARRAY = re.compile(r"(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%?([\w.-]+)")
 _CALLED = re.compile(r"\b(?:body|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 # Asynchronous ones come as a pair; the first half carries the shapes.
@@ -67,6 +68,7 @@ def analyze(text: str) -> Analysis:
     """Reads the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     computations, entry = parse(text)
     collectives: dict[str, list[int]] = {}
+    overlapped: set[tuple[str, str]] = set()
     cycles = unknown = 0
     for name, times, fused in _visits(computations, entry):
         for instruction in computations[name]:
@@ -75,12 +77,19 @@ def analyze(text: str) -> Analysis:
             if not fused and (match := _CYCLES.search(instruction.rest)):
                 cycles += times * int(match[1])
             kind = instruction.operation.removesuffix("-start")
-            if kind in COLLECTIVES:
-                # XLA's TPU compiler writes a reduce-scatter as a fusion of an all-reduce.
-                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-                total = collectives.setdefault(kind, [0, 0])
-                total[0] += times
-                total[1] += times * _payload(instruction, computations[name])
+            if kind not in COLLECTIVES:
+                continue
+            if name.startswith("all-reduce-scatter"):
+                # So XLA's TPU compiler writes a reduce-scatter.
+                kind = "reduce-scatter"
+            elif fused and (channel := _CHANNEL.search(instruction.rest)):
+                # Fused with the computations that hide it, each of which names it again.
+                if (kind, channel[1]) in overlapped:
+                    continue
+                overlapped.add((kind, channel[1]))
+            total = collectives.setdefault(kind, [0, 0])
+            total[0] += times
+            total[1] += times * _payload(instruction, computations[name])
     found = {kind: Collective(*total) for kind, total in sorted(collectives.items())}
     return Analysis(found, cycles, unknown)
 

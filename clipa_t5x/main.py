@@ -167,7 +167,8 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
     handler.setFormatter(_Formatter())
     handler.addFilter(_is_ours_or_grave)
     start_processes()
-    use_compilation_cache(_FLAGS.compilation_cache_dir)
+    if verb != "precompile":  # A program from the cache would tell no time to compile.
+        use_compilation_cache(_FLAGS.compilation_cache_dir)
     {"train": _train, "eval": _eval, "schedule": _schedule, "precompile": _precompile}[verb]()
 
 

