@@ -10,10 +10,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipa_t5x import hlo_analysis, losses, partitioning, topologies
 
-SIGMOID = functools.partial(losses.sigmoid_contrastive, logit_bias=jnp.float32(-10.0))
+SIGMOID = functools.partial(losses.sigmoid_contrastive, logit_bias=np.float32(-10.0))
 FORMS = {
     "softmax": losses.softmax_contrastive,
     "softmax, 4 chunks": functools.partial(losses.softmax_contrastive, num_chunks=4),
@@ -34,9 +35,11 @@ def measure(form, dtype, batch, dim, partitioner):
         step = jax.jit(gradient, out_shardings=(None, (rows, rows, None)))
         compiled = step.lower(embeddings, embeddings, scale).compile()
     seconds = time.perf_counter() - start
-    analysis = hlo_analysis.analyze(compiled.as_text())
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    analysis = hlo_analysis.analyze(compiled.as_text() or "")
     sent = sum(c.bytes for c in analysis.collectives.values())
-    peak = compiled.memory_analysis().peak_memory_in_bytes
+    peak = memory.peak_memory_in_bytes
     return peak / 2**20, analysis.cycles / 1e6, sent / 1e9, seconds
 
 
