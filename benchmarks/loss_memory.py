@@ -10,17 +10,21 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipa_t5x import hlo_analysis, losses, partitioning, topologies
 
-SIGMOID = functools.partial(losses.sigmoid_contrastive, logit_bias=np.float32(-10.0))
+
+def sigmoid(images, texts, scale, num_chunks=1):
+    bias = jnp.float32(-10.0)
+    return losses.sigmoid_contrastive(images, texts, scale, logit_bias=bias, num_chunks=num_chunks)
+
+
 FORMS = {
     "softmax": losses.softmax_contrastive,
     "softmax, 4 chunks": functools.partial(losses.softmax_contrastive, num_chunks=4),
     "softmax, 16 chunks": functools.partial(losses.softmax_contrastive, num_chunks=16),
-    "sigmoid": SIGMOID,
-    "sigmoid, 16 chunks": functools.partial(SIGMOID, num_chunks=16),
+    "sigmoid": sigmoid,
+    "sigmoid, 16 chunks": functools.partial(sigmoid, num_chunks=16),
 }
 
 
