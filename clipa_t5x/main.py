@@ -19,7 +19,7 @@ from clipa_t5x import errors, gin_utils, partitioning
 ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
-GIN_VERBS = ("train", "eval", "schedule")
+GIN_VERBS = ("train", "eval", "schedule", "precompile")
 PLAIN_VERBS = {
     "build": "clipa_t5x.data.build",
     "report": "clipa_t5x.report",
@@ -51,8 +51,8 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "mesh",
     None,
-    "train --dry_run: lay the model on this mesh, such as replica=4,data=64,model=1, instead of "
-    "the recipe's intended one.",
+    "train --dry_run, precompile: lay the model on this mesh, such as replica=4,data=64,model=1, "
+    "instead of the recipe's intended one.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_string(
@@ -65,6 +65,37 @@ flags.DEFINE_boolean(
     "accept_recipe_changes",
     False,
     "schedule: go on where a stage's configuration is not the one that trained it so far.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "topology",
+    None,
+    "precompile: chips to compile for, kind-number: v4-N, v5e-N, v5p-N, v6e-N (compiled), cpu-N "
+    "(compiled), gpu-a100-N, gpu-h100-N, gpu-h200-N (from shapes alone). N counts chips. A recipe "
+    "that does not fit ends with status 2.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_enum(
+    "effort",
+    "default",
+    ["fast", "default"],
+    "precompile: 'fast' tells in a minute whether it fits, 'default' tells step time, too.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_boolean(
+    "search",
+    False,
+    "precompile: try meshes, remat policies and microbatches at fast effort; rank those that fit.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_float(
+    "price", None, "precompile: of a chip-hour, for the stage's cost.", lower_bound=0.0,
+    flag_values=_FLAGS,
+)  # fmt: skip
+flags.DEFINE_string(
+    "output",
+    None,
+    "precompile: the JSON to write; default: precompile_<recipe>_<topology>.json here.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_string(
@@ -146,8 +177,9 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
     handler.setFormatter(_Formatter())
     handler.addFilter(_is_ours_or_grave)
     start_processes()
-    use_compilation_cache(_FLAGS.compilation_cache_dir)
-    {"train": _train, "eval": _eval, "schedule": _schedule}[verb]()
+    if verb != "precompile":  # A program from the cache would tell no time to compile.
+        use_compilation_cache(_FLAGS.compilation_cache_dir)
+    {"train": _train, "eval": _eval, "schedule": _schedule, "precompile": _precompile}[verb]()
 
 
 def _is_ours_or_grave(record: Any) -> bool:
@@ -262,6 +294,22 @@ def _schedule() -> None:
         _FLAGS.gin_bindings,
         _FLAGS.gin_search_paths,
         _FLAGS.accept_recipe_changes,
+    )
+
+
+def _precompile() -> None:
+    from clipa_t5x import precompile
+    from clipa_t5x.data import input_pipeline
+
+    input_pipeline.keep_accelerators_for_jax()
+    precompile.run(
+        precompile.Recipe(_FLAGS.gin_file, _FLAGS.gin_bindings, _FLAGS.gin_search_paths),
+        topology_name=_FLAGS.topology,
+        effort=_FLAGS.effort,
+        mesh=partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None,
+        search=_FLAGS.search,
+        price=_FLAGS.price,
+        output=_FLAGS.output,
     )
 
 

@@ -109,11 +109,23 @@ class PjitPartitioner:
           UserError: the number of devices is not a multiple of the fixed axes' sizes.
         """
         devices = jax.devices() if self.devices is None else self.devices
+        # Split where no product of the network's dimensions is a mesh axis: 4 x 64 on 16 x 16.
+        placed = mesh_utils.create_device_mesh(
+            self._mesh_sizes(len(devices)), devices, allow_split_physical_axes=True
+        )
         return Mesh(
-            mesh_utils.create_device_mesh(self._mesh_sizes(len(devices)), devices),
+            placed,
             MESH_AXES,
             axis_types=(AxisType.Auto,) * len(MESH_AXES),
         )
+
+    def mesh_shape(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes of the mesh over that many devices.
+
+        Raises:
+          UserError: as `mesh`.
+        """
+        return dict(zip(MESH_AXES, self._mesh_sizes(num_devices), strict=True))
 
     def _mesh_sizes(self, num_devices: int) -> tuple[int, ...]:
         fixed = self.num_partitions * self.num_replicas
@@ -144,9 +156,16 @@ class PjitPartitioner:
         return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
     @contextlib.contextmanager
-    def activate(self) -> Iterator[None]:
-        """Within it, logical constraints of traced code are resolved by these rules."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.logical_axis_rules):
+    def activate(self, mesh: Mesh | AbstractMesh | None = None) -> Iterator[None]:
+        """Within it, logical constraints of traced code are resolved by these rules.
+
+        Args:
+          mesh: instead of the partitioner's own; an abstract one is enough to trace.
+        """
+        mesh = mesh or self.mesh
+        is_abstract = isinstance(mesh, AbstractMesh)
+        context = jax.sharding.use_abstract_mesh(mesh) if is_abstract else jax.set_mesh(mesh)
+        with context, nn.logical_axis_rules(self.logical_axis_rules):
             yield
 
     def batch_sharding(self, mesh: Any = None) -> NamedSharding:

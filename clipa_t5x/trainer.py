@@ -79,7 +79,8 @@ class Trainer:
           optimizer: the update rule.
           partitioner: mesh and rules.
           batch_spec: shapes and dtypes of a global batch.
-          mesh: instead of the partitioner's own, an abstract one for a dry run.
+          mesh: instead of the partitioner's own: an abstract one for a dry run, or one of described
+            devices to compile for.
           num_microbatches: how many parts of the batch the train step runs one after the other, for
             less memory and with the same result; see `microbatching.value_and_grad`.
 
@@ -141,7 +142,7 @@ class Trainer:
         Given parameters may lie anywhere; those that lie as the state's are taken over, not copied.
         """
         key = jax.random.key_data(jax.random.key(seed))
-        with self._partitioner.activate():
+        with self._partitioner.activate(self.mesh):
             if params is None:
                 init = jax.jit(self._fresh_state, out_shardings=self.state_shardings)
                 return init(key)
@@ -151,9 +152,18 @@ class Trainer:
             # A donated array that lies otherwise than its result cannot be reused for it.
             return init(key, jax.device_put(params, self.state_shardings.params))
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a global batch."""
+        sharding = self._partitioner.batch_sharding(self.mesh)
+        return {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding)
+            for k, v in self._batch_spec.items()
+        }
+
     @functools.cached_property
-    def compiled_train_step(self) -> Any:
-        """The train step, compiled ahead of time; its state argument is donated."""
+    def traced_train_step(self) -> Any:
+        """The train step, traced but not lowered (`jax.stages.Traced`)."""
         step = jax.jit(
             functools.partial(
                 train_step,
@@ -164,13 +174,18 @@ class Trainer:
             donate_argnums=0,
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),
         )
-        batch_sharding = self._partitioner.batch_sharding(self.mesh)
-        batch = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=batch_sharding)
-            for k, v in self._batch_spec.items()
-        }
-        with self._partitioner.activate():
-            return step.lower(self.abstract_state, batch).compile()
+        with self._partitioner.activate(self.mesh):
+            return step.trace(self.abstract_state, self.abstract_batch)
+
+    def lower_train_step(self) -> Any:
+        """The train step, lowered for the mesh (`jax.stages.Lowered`); donates its state."""
+        with self._partitioner.activate(self.mesh):
+            return self.traced_train_step.lower()
+
+    @functools.cached_property
+    def compiled_train_step(self) -> Any:
+        """The train step, compiled ahead of time; its state argument is donated."""
+        return self.lower_train_step().compile()
 
     @functools.cached_property
     def eval_step(self) -> Any:
@@ -201,7 +216,7 @@ class Trainer:
 
     def _within_rules(self, fn: Any) -> Any:
         def call(*args: Any) -> Any:
-            with self._partitioner.activate():
+            with self._partitioner.activate(self.mesh):
                 return fn(*args)
 
         return call

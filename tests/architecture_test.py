@@ -12,11 +12,13 @@ PACKAGE = "clipa_t5x"
 # whole package; a module that is on no line is refused, so that its place is decided.
 LAYERS = [
     {"errors", "version"},
-    {"losses", "schedules", "partitioning", "towers", "metrics"},
+    {"losses", "schedules", "partitioning", "towers", "metrics"}
+    | {"topologies", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
-    | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"},
+    | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
+    | {"step_cost", "cost_report"},
     {"main", "train", "eval", "schedule", "report", "data.build"}
     | {"export", "precompile", "import_weights", "plan"},
 ]
