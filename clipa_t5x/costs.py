@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from clipa_t5x import published
+from clipa_t5x import published, topologies
 from clipa_t5x.errors import UserError
 
 
@@ -21,17 +21,20 @@ class Chip:
     price: float | None = None
 
 
+def _peak(kind: str) -> float:
+    peak = topologies.KINDS[kind].peak_flops
+    assert peak is not None
+    return peak
+
+
 # Prices of clouds differ by place, month and contract; the one here is that of CLIPA-v2's table.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("A100-80G", 312e12, published.A100_80G_PRICE),
-        Chip("H100", 989e12),
-        Chip("H200", 989e12),
-        Chip("v4", 275e12),
-        Chip("v5e", 197e12),
-        Chip("v5p", 459e12),
-        Chip("v6e", 918e12),
+        Chip("A100-80G", _peak("gpu-a100"), published.A100_80G_PRICE),
+        Chip("H100", _peak("gpu-h100")),
+        Chip("H200", _peak("gpu-h200")),
+        *(Chip(name, _peak(name)) for name in ("v4", "v5e", "v5p", "v6e")),
     )
 }
 DEFAULT_CHIP = "A100-80G"

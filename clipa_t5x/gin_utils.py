@@ -1,8 +1,7 @@
 """From gin files to constructed objects, and back to the one file that repeats the run.
 
-The language is gin's, with dynamic registration, and gin supplies the values. The statements are
-checked and bound here because gin accepts what nobody reads: a misspelt macro or scope would
-silently train with the default.
+The language is gin's, with dynamic registration. The statements are checked and bound here because
+gin accepts what nobody reads: a misspelt macro or scope would silently train with the default.
 """
 
 import contextlib
@@ -119,14 +118,15 @@ def get_root(root: str) -> Callable[..., Any]:
 
     @functools.wraps(configured)
     def call(*args, **kwargs):
-        with _errors_as_raised():
+        with errors_as_raised():
             return configured(*args, **kwargs)
 
     return call
 
 
 @contextlib.contextmanager
-def _errors_as_raised() -> Iterator[None]:
+def errors_as_raised() -> Iterator[None]:
+    """Takes off a `UserError` what gin appends."""
     try:
         yield
     except errors.UserError as error:
@@ -496,5 +496,5 @@ def build_arguments(root: str) -> dict[str, Any]:
 
     Doors other than training use the objects that a training configuration describes.
     """
-    with _errors_as_raised():
+    with errors_as_raised():
         return gin.get_bindings(_root_source(root).target, resolve_references=True)

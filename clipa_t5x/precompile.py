@@ -129,13 +129,14 @@ def measure(
     devices = topology.devices()
     partitioner = _partitioner(arguments["partitioner"], topology, devices, mesh)
 
-    trainer = arguments.get("trainer_cls", trainer_lib.Trainer)(
-        model=arguments["model"],
-        optimizer=arguments["optimizer"],
-        partitioner=partitioner,
-        batch_spec=arguments["train_dataset_cfg"].batch_spec(),
-        mesh=None if devices else partitioner.abstract_mesh(),
-    )
+    with gin_utils.errors_as_raised():
+        trainer = arguments.get("trainer_cls", trainer_lib.Trainer)(
+            model=arguments["model"],
+            optimizer=arguments["optimizer"],
+            partitioner=partitioner,
+            batch_spec=arguments["train_dataset_cfg"].batch_spec(),
+            mesh=None if devices else partitioner.abstract_mesh(),
+        )
     analytic = step_cost.analyze(arguments["model"], trainer)
     compiled = step_cost.compile_step(trainer, effort) if devices else None
     cost = step_cost.StepCost(

@@ -71,6 +71,7 @@ def small_chips(monkeypatch):
     return limit
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would(small_chips, tmp_path, capsys):
     whole, _ = precompile.measure(_recipe(), topologies.parse("cpu-2"), "fast")
     small_chips(whole.needed_bytes - 1)

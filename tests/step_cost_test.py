@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from clipa_t5x import optimizers, partitioning, schedules, step_cost, trainer
+from clipa_t5x import flops, optimizers, partitioning, schedules, step_cost, trainer
 
 FSDP = partitioning.standard_logical_axis_rules(1, 2)
 
@@ -32,6 +32,13 @@ def test_analytic_figures_are_those_of_one_chip(make):
     assert alone.batch_bytes == 16 * (16 * 16 * 3 + 4 * 8) == 8 * split.batch_bytes
     assert alone.flops == 8 * split.flops and alone.model_flops == 8 * split.model_flops
     assert alone.param_bytes / 8 < split.param_bytes < alone.param_bytes / 2
+
+
+def test_model_operations_are_those_that_a_plan_counts(make):
+    """Which leaves out the loss, and counts a gradient of pixels that nobody takes."""
+    model, subject = make()
+    planned = 16 * flops.forward_flops(model, 16, 8).training / 8
+    assert step_cost.analyze(model, subject).model_flops == pytest.approx(planned, rel=0.1)
 
 
 def test_rematerialisation_is_no_work_of_the_models(make):
