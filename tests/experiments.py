@@ -19,9 +19,8 @@ GIN = REPOSITORY / "gin"
 TRAIN = "clipa_t5x.train.train"
 
 # A model that compiles in seconds, for the digits recipe.
-MINIATURE = (
+_MODEL = (
     "BATCH_SIZE = 64",
-    "EVAL_BATCH_SIZE = 128",
     "WARMUP_STEPS = 0",
     "LOG_PERIOD = 2",
     "EMBED_DIM = 32",
@@ -32,6 +31,11 @@ MINIATURE = (
     "TextTransformer.depth = 1",
     "TextTransformer.mlp_dim = 64",
 )
+
+MINIATURE = (*_MODEL, "EVAL_BATCH_SIZE = 128")
+
+# For tests that ask nothing of evaluation: it takes longer than a few steps do.
+UNEVALUATED = (*_MODEL, "EVALUATORS = {}", "TRAIN_EVAL_DATASET = None")
 
 
 @functools.cache

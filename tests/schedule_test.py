@@ -7,6 +7,7 @@ import pytest
 from clipa_t5x import schedule
 from clipa_t5x.errors import UserError
 
+MINIATURE = experiments.UNEVALUATED
 SCHEDULE = f"{experiments.GIN}/digits.gin"
 
 
@@ -18,7 +19,7 @@ def in_workspace(tmp_path_factory, monkeypatch):
 
 
 def run(model_dir, *bindings):
-    own = [f"MODEL_DIR = {str(model_dir)!r}", *experiments.MINIATURE, "TRAIN_STEPS = 3"]
+    own = [f"MODEL_DIR = {str(model_dir)!r}", *MINIATURE, "TRAIN_STEPS = 3"]
     schedule.run([SCHEDULE], [*own, *bindings], [str(experiments.GIN), str(experiments.REPOSITORY)])
 
 
@@ -55,7 +56,7 @@ def test_a_changed_recipe_is_refused_with_its_difference(tmp_path):
     run(tmp_path / "run", one_stage, "EVAL_PERIOD = 2", "KEEP_CHECKPOINTS = 1")
     (tmp_path / "run").rename(tmp_path / "moved")
     run(tmp_path / "moved", one_stage)
-    arguments = [[SCHEDULE], [f"MODEL_DIR = '{tmp_path}/moved'", one_stage, *experiments.MINIATURE,
+    arguments = [[SCHEDULE], [f"MODEL_DIR = '{tmp_path}/moved'", one_stage, *MINIATURE,
                               "TRAIN_STEPS = 3", "LEARNING_RATE = 0.5"]]  # fmt: skip
     paths = [str(experiments.GIN), str(experiments.REPOSITORY)]
     schedule.run(*arguments, paths, accept_recipe_changes=True)

@@ -21,7 +21,7 @@ def in_workspace(workspace, monkeypatch):
 
 
 def overrides(model_dir, **macros):
-    return [*experiments.MINIATURE, f"MODEL_DIR = {str(model_dir)!r}",
+    return [*experiments.UNEVALUATED, f"MODEL_DIR = {str(model_dir)!r}",
             *(f"{name} = {value!r}" for name, value in macros.items())]  # fmt: skip
 
 
@@ -60,11 +60,12 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(workspace, tmp_p
 def test_two_processes_equal_one(workspace, tmp_path):
     """2 processes x 4 devices = 1 process x 8 devices: same data, same losses, same parameters."""
     recipe = experiments.command("train", f"--gin_file={experiments.GIN}/digits_stage1.gin")
-    macros = {"TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 4, "WARMUP_STEPS": 2}
+    macros = ["TRAIN_STEPS = 4", "CHECKPOINT_PERIOD = 4", "EVAL_PERIOD = 4", "WARMUP_STEPS = 2"]
     one, two = tmp_path / "one", tmp_path / "two"
-    result = experiments.run([*recipe, *flags(one, **macros)], workspace, num_devices=8)
-    assert result.returncode == 0, result.stderr[-4000:]
-    experiments.run_processes([*recipe, *flags(two, **macros)], workspace, 2, num_devices=4)
+    macros = [*experiments.MINIATURE, *macros]
+    experiments.train("digits_stage1", *macros, f"MODEL_DIR = {str(one)!r}")
+    bindings = [f"--gin_bindings={b}" for b in (*macros, f"MODEL_DIR = {str(two)!r}")]
+    experiments.run_processes([*recipe, *bindings], workspace, 2, num_devices=4)
     losses = [[r["loss"] for r in experiments.records(d, "train").values()] for d in (one, two)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     states = [experiments.saved_state(directory, 4) for directory in (one, two)]
@@ -175,7 +176,13 @@ def test_bad_input_is_refused_in_a_line(tmp_path, experiment, bindings, message)
     if experiment == "digits_stage2" and "INITIAL" not in bindings[0]:
         bindings = [*bindings, "INITIAL_CHECKPOINT_PATH = None"]
     with pytest.raises(UserError, match=message) as caught:
-        experiments.train(experiment, *overrides(tmp_path / "run", TRAIN_STEPS=3), *bindings)
+        experiments.train(
+            experiment,
+            *experiments.MINIATURE,
+            "TRAIN_STEPS = 3",
+            f"MODEL_DIR = '{tmp_path}/run'",
+            *bindings,
+        )
     assert "\n" not in str(caught.value)
 
 
