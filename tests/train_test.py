@@ -122,7 +122,7 @@ def test_digits_are_learnt(workspace, tmp_path):
 @pytest.mark.slow
 def test_three_stages_of_digits_reach_the_readmes_figure(workspace, tmp_path):
     recipe = experiments.command("schedule", f"--gin_file={experiments.GIN}/digits.gin")
-    recipe.append(f"--gin_search_paths={experiments.REPOSITORY}")
+    recipe.append(f"--gin_search_paths={experiments.GIN},{experiments.REPOSITORY}")
     macros = [f"--gin.MODEL_DIR={str(tmp_path)!r}"]
     done = experiments.run([*recipe, *macros], workspace, timeout=900, optimized=True)
     assert done.returncode == 0, done.stderr[-4000:]
