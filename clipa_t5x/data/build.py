@@ -25,11 +25,11 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from clipa_t5x.data import digits, record_writer, shapes, word_classes, wordpiece
+from clipa_t5x.data import progress as progress_lib
 from clipa_t5x.errors import UserError
 
 # Raised whenever the same arguments give other bytes than before.
@@ -59,47 +59,6 @@ class Dataset:
     template_lists: Mapping[str, Sequence[str]]
     phrases: Sequence[str]
     words: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-
-
-class Progress:
-    """Counts records on a stream: in place on a terminal, else on a new line now and then."""
-
-    def __init__(self, total: int, stream: TextIO):
-        """Prepares to count; the clock starts with the first record.
-
-        Args:
-          total: the number of records that will have been counted at the end.
-          stream: where to write.
-        """
-        self._total = total
-        self._stream = stream
-        self._in_place = stream.isatty()
-        self._interval = 0.2 if self._in_place else 5.0
-        self._done = 0
-        self._start = self._last_report = 0.0
-
-    def count(self) -> None:
-        """Counts one record."""
-        now = time.monotonic()
-        if self._done == 0:
-            # What went before, such as TensorFlow's import, tells nothing about the rate.
-            self._start = self._last_report = now
-        self._done += 1
-        if now - self._last_report >= self._interval or self._done == self._total:
-            self._last_report = now
-            self._report(now - self._start)
-
-    def _report(self, seconds: float) -> None:
-        rate = (self._done - 1) / max(seconds, 1e-6)
-        eta = (self._total - self._done) / max(rate, 1e-6)
-        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
-        line = f"{self._done}/{self._total} records, {speed}/s, ETA {eta:.0f} s"
-        if self._in_place:
-            end = "\n" if self._done == self._total else ""
-            self._stream.write(f"\r{line:<60}{end}")
-        else:
-            self._stream.write(f"{line}\n")
-        self._stream.flush()
 
 
 def build(
@@ -138,7 +97,7 @@ def build(
     _check_place(target, output_dir, overwrite)
 
     total = sum(num_records for num_records, _ in dataset.splits.values())
-    progress = Progress(total, progress_stream or sys.stderr)
+    progress = progress_lib.Progress(total, progress_stream or sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     with _removed_at_exit(unfinished):
@@ -217,7 +176,7 @@ def _write(
     dataset: Dataset,
     arguments: Mapping[str, int],
     directory: pathlib.Path,
-    progress: Progress,
+    progress: progress_lib.Progress,
 ) -> dict[str, Any]:
     texts = [
         *dataset.phrases,
@@ -258,7 +217,7 @@ def _write_split(
     examples: Iterator[record_writer.Features],
     num_shards: int,
     vocabulary: set[str],
-    progress: Progress,
+    progress: progress_lib.Progress,
 ) -> dict[str, Any]:
     lengths = []
 

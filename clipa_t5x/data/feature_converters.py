@@ -17,6 +17,7 @@ PASSTHROUGH = {
     "index": FeatureSpec(dtype=tf.int64, rank=0),
     "label": FeatureSpec(dtype=tf.int32, rank=0),
     "caption": FeatureSpec(dtype=tf.string, rank=0),
+    "valid": FeatureSpec(dtype=tf.bool, rank=0),
 }
 
 

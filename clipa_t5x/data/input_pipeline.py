@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
-from clipa_t5x.data import feature_converters, preprocessors, tasks
+from clipa_t5x.data import host_batches, preprocessors, tasks
 from clipa_t5x.errors import UserError, check_number
 
 HostBatch = Mapping[str, np.ndarray]
@@ -44,6 +45,8 @@ class DatasetConfig:
       shuffle: whether every epoch is a fresh permutation.
       seed: of order and augmentation.
       max_examples: caps an evaluation's examples; None takes them all.
+      max_bad_fraction: of a training's records; above it, training stops.
+      accept_changes: go on from a checkpoint although the data are others than it was trained on.
     """
 
     mixture_or_task_name: str
@@ -53,6 +56,8 @@ class DatasetConfig:
     shuffle: bool = True
     seed: int = 0
     max_examples: int | None = None
+    max_bad_fraction: float = 0.1
+    accept_changes: bool = False
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global training batch; reads no data.
@@ -129,33 +134,6 @@ class BatchLayout:
         return {k: put(v) for k, v in host_batch.items() if k in DEVICE_FEATURES}
 
 
-def _dataset(
-    cfg: DatasetConfig, rows: np.ndarray, first_sample: int, num_steps: int | None
-) -> tf.data.Dataset:
-    """Batches of this process's rows, from the global batch that begins at `first_sample`."""
-    task = tasks.get_task(cfg.mixture_or_task_name)
-    source = tasks.get_source(cfg.mixture_or_task_name)
-    count = num_examples(cfg)
-
-    def fetch(step: tf.Tensor) -> dict[str, tf.Tensor]:
-        indices = first_sample + step * cfg.batch_size + rows
-        if num_steps is not None:  # an evaluation ends: rows past the end repeat the last example
-            indices = tf.minimum(indices, count - 1)
-        return source.examples_at(cfg.split, indices, shuffle=cfg.shuffle, seed=cfg.seed)
-
-    limit = np.iinfo(np.int64).max if num_steps is None else num_steps
-    ds = tf.data.Dataset.range(limit).map(
-        preprocessors.as_written(fetch), num_parallel_calls=2, deterministic=True
-    )
-    ds = task.preprocess_postcache(ds.unbatch(), cfg.task_feature_lengths)
-    ds, _ = feature_converters.convert(ds, cfg.task_feature_lengths)
-    ds = ds.batch(len(rows), drop_remainder=True).prefetch(2)
-    options = tf.data.Options()
-    options.deterministic = True
-    options.autotune.enabled = False  # preprocessors.NUM_PARALLEL_CALLS says why
-    return ds.with_options(options)
-
-
 def num_examples(cfg: DatasetConfig) -> int:
     """Examples in one pass over the configured split."""
     count = tasks.get_source(cfg.mixture_or_task_name).num_input_examples(cfg.split)
@@ -183,9 +161,10 @@ class TrainIterator:
         self._cfg, self._layout = cfg, layout
         self._next_sample = first_sample
         self.waited_seconds = 0.0
+        self._source = tasks.get_source(cfg.mixture_or_task_name)
         self._rows = layout.local_rows(cfg.batch_size)
-        dataset = _dataset(cfg, self._rows, first_sample, None)
-        self._batches: Iterator[Any] = dataset.as_numpy_iterator()
+        self._supply = Supply(len(self._rows))
+        self._batches = host_batches.train(cfg, self._rows, first_sample)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="train-data", daemon=True)
@@ -193,10 +172,11 @@ class TrainIterator:
 
     def _prepare(self) -> None:
         try:
-            for host_batch in self._batches:
+            while not self._stopped.is_set():
+                with self._supply.measured():
+                    host_batch = next(self._batches)
+                self._source.records.check(self._cfg.max_bad_fraction)
                 self._put(self._layout.to_global(host_batch, self._cfg.batch_size))
-                if self._stopped.is_set():
-                    return
         except Exception as error:  # handed to whoever asks for the next batch
             self._put(error)
 
@@ -223,12 +203,19 @@ class TrainIterator:
         """The position after the last batch taken: all that a resumed run needs."""
         return {
             "next_sample": self._next_sample,
-            "seed": self._cfg.seed,
-            "shuffle": self._cfg.shuffle,
             "task": self._cfg.mixture_or_task_name,
-            "split": self._cfg.split,
-            "num_examples": num_examples(self._cfg),
+            **_identity(self._cfg),
         }
+
+    def statistics(self) -> dict[str, float]:
+        """What the pipeline could give, and the bad records so far, of this process.
+
+        'data/supplied_per_core' is images per second and core while it is preparing batches;
+        'data/bad/<reason>' and 'data/mended/<reason>' are counts, see `bad_records`.
+        """
+        counts = self._source.records.counts()
+        values = {f"data/{name.replace(' ', '_')}": float(n) for name, n in counts.items()}
+        return {"data/supplied_per_core": self._supply.per_core(), **values}
 
     def close(self) -> None:
         """Ends the thread."""
@@ -236,25 +223,59 @@ class TrainIterator:
         self._thread.join(timeout=10)
 
 
+class Supply:
+    """How many images a second the pipeline gives while it works; waiting for room is no work."""
+
+    def __init__(self, batch_rows: int):
+        """Measures a pipeline that gives `batch_rows` images at a time."""
+        self._batch_rows = batch_rows
+        self._lock = threading.Lock()
+        self._batches, self._seconds = 0, 0.0
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around the preparation of one batch."""
+        start = time.perf_counter()
+        yield
+        with self._lock:
+            self._batches += 1
+            # The first batch comes with all that is read and built before it.
+            self._seconds += time.perf_counter() - start if self._batches > 1 else 0.0
+
+    def per_core(self) -> float:
+        """Images per second and core since the last call; NaN where no batch was prepared."""
+        with self._lock:
+            batches, seconds = self._batches - 1, self._seconds
+            if batches < 1 or not seconds:
+                return float("nan")
+            self._batches, self._seconds = 1, 0.0
+        return batches * self._batch_rows / seconds / preprocessors.NUM_PARALLEL_CALLS
+
+
+def _identity(cfg: DatasetConfig) -> dict[str, Any]:
+    """What the order of the samples depends on."""
+    source = tasks.get_source(cfg.mixture_or_task_name)
+    return {"seed": cfg.seed, "shuffle": cfg.shuffle, "split": cfg.split,
+            **source.identity(cfg.split)}  # fmt: skip
+
+
 def resume_position(cfg: DatasetConfig, state: Mapping[str, Any]) -> int:
     """Where to go on, from a saved `TrainIterator.state`.
 
     Raises:
       UserError: the data are others than those of the checkpoint, so that the order would not be
-        a continuation.
+        a continuation, and `cfg` does not accept it.
     """
-    current = {
-        "seed": cfg.seed,
-        "shuffle": cfg.shuffle,
-        "split": cfg.split,
-        "num_examples": num_examples(cfg),
-    }
-    changed = [f"{k} {state[k]} -> {v}" for k, v in current.items() if state.get(k) != v]
-    if changed:
+    current = _identity(cfg)
+    changed = [f"{k} {state.get(k)} -> {v}" for k, v in current.items() if state.get(k) != v]
+    if changed and not cfg.accept_changes:
         raise UserError(
             f"the training data differ from the checkpoint's ({', '.join(changed)}): restore the "
-            "data and RANDOM_SEED, or start a new MODEL_DIR with INITIAL_CHECKPOINT_PATH."
+            "data, SHUFFLE_WINDOW_BYTES and RANDOM_SEED, start a new MODEL_DIR with "
+            "INITIAL_CHECKPOINT_PATH, or go on with other data by --gin.ACCEPT_DATA_CHANGES=True."
         )
+    if changed:
+        logging.warning("The training data differ from the checkpoint's: %s.", ", ".join(changed))
     return int(state["next_sample"])
 
 
@@ -265,14 +286,12 @@ def eval_batches(
 
     Yields:
       (host batch of this process's rows, global device batch); 'weights' is float32 [batch_size],
-      0 for padding.
+      0 for padding and for bad records.
     """
     count = num_examples(cfg)
     rows = layout.local_rows(cfg.batch_size)
-    num_steps = -(-count // cfg.batch_size)
-    batches: Any = _dataset(cfg, rows, 0, num_steps).as_numpy_iterator()
-    for step, batch in enumerate(batches):
-        valid = step * cfg.batch_size + rows < count
+    for step, batch in enumerate(host_batches.evaluation(cfg, rows, count)):
+        valid = (step * cfg.batch_size + rows < count) & batch["valid"]
         host_batch = {**batch, "weights": valid.astype(np.float32)}
         yield host_batch, layout.to_global(host_batch, cfg.batch_size)
 

@@ -1,204 +1,177 @@
-"""Where each record of a set of TFRecord shards begins: what makes any record reachable at once.
+"""Where each record of a set of shards is: what makes any record reachable at once.
 
-A TFRecord is [length: uint64][masked crc32c of length: uint32][data][masked crc32c of data: uint32]
-(little endian). Shards are scanned once, header by header; the offsets are kept beside the data, or
-in a folder that the user names, and read back memory-mapped.
+Shards are scanned once; what was found is kept beside the data, or in a folder that the user names,
+and read back memory-mapped.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
-import struct
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.data import progress, shard_formats
+from clipa_t5x.data.bad_records import BadRecord
+from clipa_t5x.data.shard_reader import BlockCache, is_local
 
-HEADER_BYTES = 12
-FOOTER_BYTES = 4
-INDEX_VERSION = 1
-
-
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
+INDEX_VERSION = 2
+_SCANS = 32
 
 
-_TABLE = _crc32c_table()
-
-
-def masked_crc32c(data: bytes) -> int:
-    """TFRecord's checksum of `data`: CRC-32C, rotated and offset."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = (crc >> 8) ^ _TABLE[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def is_local(path: str) -> bool:
-    """Whether a path is a file of this machine rather than a URL such as gs://."""
-    return "://" not in path
-
-
-class ShardReader:
-    """Random reads from one shard, local or remote; closed by `with`."""
-
-    def __init__(self, path: str):
-        self._path = path
-        self._local = is_local(path)
-
-    def __enter__(self) -> "ShardReader":
-        self._file = (
-            open(self._path, "rb", buffering=0)  # noqa: SIM115
-            if self._local
-            else tf.io.gfile.GFile(self._path, "rb")
-        )
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
-
-    def read(self, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer at the end of the file."""
-        if self._local:
-            return os.pread(self._file.fileno(), size, offset)
-        self._file.seek(offset)
-        return self._file.read(size)
-
-    def record_length(self, offset: int) -> int:
-        """The data length of the record at `offset`.
-
-        Raises:
-          UserError: no record begins there.
-        """
-        header = self.read(offset, HEADER_BYTES)
-        if len(header) == HEADER_BYTES:
-            length, crc = struct.unpack("<QI", header)
-            if masked_crc32c(header[:8]) == crc:
-                return length
-        raise UserError(
-            f"{self._path} is not a TFRecord file, or is damaged at byte {offset}: no record "
-            "begins there. Remove the file or write it again."
-        )
-
-    def record(self, offset: int) -> bytes:
-        """The data of the record at `offset`."""
-        return self.read(offset + HEADER_BYTES, self.record_length(offset))
-
-
-def scan_shard(path: str) -> np.ndarray:
-    """Offsets of a shard's records: int64 [records].
-
-    Raises:
-      UserError: the shard is empty, is not a TFRecord, or ends within a record.
-    """
-    size = tf.io.gfile.stat(path).length
-    if size == 0:
-        raise UserError(
-            f"{path} is an empty shard (0 bytes): remove it, or write the data set again."
-        )
-    offsets, offset = [], 0
-    with ShardReader(path) as reader:
-        while offset < size:
-            offsets.append(offset)
-            offset += HEADER_BYTES + reader.record_length(offset) + FOOTER_BYTES
-    if offset != size:
-        raise UserError(
-            f"{path} ends within its last record ({size} bytes where {offset} are announced): the "
-            "file was cut off. Remove it or write it again."
-        )
-    return np.asarray(offsets, np.int64)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RecordIndex:
     """Every record of a split, numbered through its shards in the order of their names.
 
     Attributes:
       shards: paths.
+      shard_bytes: int64 [shards], their sizes.
       ends: int64 [shards], number of records up to and including each shard.
-      offsets: int64 [records], where each begins within its shard.
+      rows: int64 [records, columns], where each record is, in the format's terms.
+      problems: what is wrong with a shard, by its path.
+      shard_format: of all shards.
     """
 
     shards: Sequence[str]
+    shard_bytes: np.ndarray
     ends: np.ndarray
-    offsets: np.ndarray
+    rows: np.ndarray
+    problems: Mapping[str, str]
+    shard_format: shard_formats.ShardFormat
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.rows)
 
-    def read(self, positions: np.ndarray) -> list[bytes]:
-        """Records at `positions` (int64 [n], each within [0, len)), in that order."""
-        shard_ids = np.searchsorted(self.ends, positions, side="right")
-        records: list[bytes] = [b""] * len(positions)
+    @property
+    def mean_bytes(self) -> float:
+        """Bytes of a record, on average over all shards."""
+        return float(self.shard_bytes.sum()) / max(len(self), 1)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the shards' names, sizes and counts: the same wherever the data set lies."""
+        names = [os.path.basename(path) for path in self.shards]
+        facts = [names, self.shard_bytes.tolist(), self.ends.tolist()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def shard_of(self, records: np.ndarray) -> np.ndarray:
+        """Numbers of the shards that hold records (int64 [n])."""
+        return np.searchsorted(self.ends, records, side="right")
+
+    def read(
+        self, records: np.ndarray, cache: BlockCache | None = None
+    ) -> list[shard_formats.Fields | BadRecord]:
+        """Records of given numbers (int64 [n], each within [0, len)), in that order.
+
+        What is damaged comes as the error.
+        """
+        shard_ids = self.shard_of(records)
+        found: list[shard_formats.Fields | BadRecord] = [{}] * len(records)
         for shard_id in np.unique(shard_ids):
-            with ShardReader(self.shards[int(shard_id)]) as reader:
-                for i in np.flatnonzero(shard_ids == shard_id):
-                    records[i] = reader.record(int(self.offsets[positions[i]]))
-        return records
+            where = np.flatnonzero(shard_ids == shard_id)
+            # In the order of the shard, so that reads of it go one way.
+            where = where[np.argsort(records[where], kind="stable")]
+            with self.shard_format.open(self.shards[int(shard_id)], cache) as shard:
+                rows = self.rows[records[where]]
+                for i, record in zip(where, shard_formats.iterate(shard, rows), strict=True):
+                    found[i] = record
+        return found
 
 
 def _fingerprint(shards: Iterable[str]) -> list[list]:
-    stats = [(path, tf.io.gfile.stat(path)) for path in shards]
-    return [[os.path.basename(path), stat.length, stat.mtime_nsec] for path, stat in stats]
+    with futures.ThreadPoolExecutor(_SCANS) as pool:
+        stats = list(pool.map(tf.io.gfile.stat, shards))
+    return [
+        [os.path.basename(path), stat.length, stat.mtime_nsec]
+        for path, stat in zip(shards, stats, strict=True)
+    ]
 
 
-def _cached(index_path: str, description: dict) -> np.ndarray | None:
+def _cached(index_path: str, description: Mapping) -> tuple[np.ndarray, Mapping] | None:
+    """(rows, what else is kept), where an index of these very shards is kept."""
     try:
         with tf.io.gfile.GFile(index_path + ".json") as f:
-            if {k: v for k, v in json.load(f).items() if k != "ends"} != description:
-                return None
+            kept = json.load(f)
+        if any(kept.get(name) != value for name, value in description.items()):
+            return None
         if is_local(index_path):
-            return np.load(index_path + ".npy", mmap_mode="r", allow_pickle=False)
-        with tf.io.gfile.GFile(index_path + ".npy", "rb") as f:
-            return np.load(f, allow_pickle=False)
+            rows = np.load(index_path + ".npy", mmap_mode="r", allow_pickle=False)
+        else:
+            with tf.io.gfile.GFile(index_path + ".npy", "rb") as f:
+                rows = np.load(f, allow_pickle=False)
     except (tf.errors.OpError, OSError, ValueError):
         return None
+    return (rows, kept) if len(rows) == kept["ends"][-1] else None
 
 
-def _store(index_path: str, description: dict, ends: np.ndarray, offsets: np.ndarray) -> None:
+def _store(index_path: str, kept: Mapping, rows: np.ndarray) -> None:
     """Keeps an index for the next start; a folder that cannot be written to costs a warning."""
     temporary = f"{index_path}.{os.getpid()}.tmp"
     try:
         tf.io.gfile.makedirs(os.path.dirname(index_path))
         with tf.io.gfile.GFile(temporary, "wb") as f:
-            np.save(f, offsets, allow_pickle=False)
+            np.save(f, rows, allow_pickle=False)
         tf.io.gfile.rename(temporary, index_path + ".npy", overwrite=True)
         with tf.io.gfile.GFile(temporary, "w") as f:
-            json.dump({**description, "ends": ends.tolist()}, f)
-        # The description comes last: it vouches for the offsets.
+            json.dump(kept, f)
+        # The description comes last: it vouches for the rows.
         tf.io.gfile.rename(temporary, index_path + ".json", overwrite=True)
     except (tf.errors.OpError, OSError) as error:
         logging.warning(
             "The record index cannot be kept at %s (%s); it is scanned again at every start. "
-            "Set index_dir to a folder that can be written to.", index_path, error,
+            "Set INDEX_DIR to a folder that can be written to.", index_path, error,
         )  # fmt: skip
 
 
-def load(shards: Sequence[str], index_path: str) -> RecordIndex:
+def load(
+    shards: Sequence[str], index_path: str, shard_format: shard_formats.ShardFormat
+) -> RecordIndex:
     """The index of `shards`, scanned where it is not cached at `index_path` (without a suffix).
 
     Raises:
-      UserError: a shard is empty, cut off, or not a TFRecord.
+      UserError: a shard is of another format.
     """
-    description = {"version": INDEX_VERSION, "shards": _fingerprint(shards)}
-    offsets = _cached(index_path, description)
-    if offsets is not None:
-        with tf.io.gfile.GFile(index_path + ".json") as f:
-            return RecordIndex(shards, np.asarray(json.load(f)["ends"], np.int64), offsets)
+    fingerprint = _fingerprint(shards)
+    description = {
+        "version": INDEX_VERSION,
+        "format": [shard_format.name, shard_format.version],
+        "shards": fingerprint,
+    }
+    sizes = np.asarray([size for _, size, _ in fingerprint], np.int64)
+    cached = _cached(index_path, description)
+    if cached is None:
+        scans = _scan_all(shards, shard_format)
+        ends = np.cumsum([len(scan.rows) for scan in scans], dtype=np.int64)
+        rows = np.concatenate([scan.rows for scan in scans])
+        problems = {path: scan.problem for path, scan in zip(shards, scans, strict=True)
+                    if scan.problem}  # fmt: skip
+        _store(index_path, {**description, "ends": ends.tolist(), "problems": problems}, rows)
+    else:
+        rows, kept = cached
+        ends, problems = np.asarray(kept["ends"], np.int64), kept["problems"]
+    return RecordIndex(shards, sizes, ends, rows, problems, shard_format)
+
+
+def _scan_all(
+    shards: Sequence[str], shard_format: shard_formats.ShardFormat
+) -> list[shard_formats.Scan]:
+    """Scans in threads, and tells how far it is."""
     logging.info("Indexing the records of %d shards ...", len(shards))
-    with futures.ThreadPoolExecutor(32) as pool:
-        scanned = list(pool.map(scan_shard, shards))
-    ends = np.cumsum([len(part) for part in scanned], dtype=np.int64)
-    offsets = np.concatenate(scanned)
-    _store(index_path, description, ends, offsets)
-    return RecordIndex(shards, ends, offsets)
+    counter = progress.Progress(len(shards), sys.stderr, "shards")
+
+    def scan(path: str) -> shard_formats.Scan:
+        if not tf.io.gfile.stat(path).length:
+            found = shard_formats.Scan(np.zeros((0, 2), np.int64), "is empty (0 bytes)")
+        else:
+            found = shard_format.scan(path)
+        counter.count()
+        return found
+
+    with futures.ThreadPoolExecutor(_SCANS) as pool:
+        return list(pool.map(scan, shards))

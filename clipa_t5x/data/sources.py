@@ -1,77 +1,139 @@
-"""SeqIO data sources over image-text records that can be read at any position."""
+"""SeqIO data sources of image-text records that can be read at any position."""
 
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import seqio
 import tensorflow as tf
-from google.protobuf import message
 
-from clipa_t5x.data import record_index, splitmix
+from clipa_t5x.data import (
+    bad_records,
+    captions,
+    image_files,
+    record_index,
+    sample_order,
+    shard_formats,
+    shard_reader,
+)
+from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.errors import UserError
-
-# What `img2dataset` writes when a split is a folder of its own.
-SPLIT_FOLDERS = {"train": "train/*.tfrecord*", "validation": "validation/*.tfrecord*"}
-
 
 # Enough to tell a misspelt field from one that some records lack, as captions may be lacking.
 _RECORDS_TO_LOOK_AT = 32
+# Another record is drawn for a bad one, and for that one if it is bad, so many times.
+MAX_ATTEMPTS = 20
+DEFAULT_WINDOW_BYTES = 2**30
+
+# What an example may be: dtype and shape without the batch dimension.
+EXAMPLE_SPEC = {
+    "encoded_image": (tf.string, ()),
+    "image_size": (tf.int32, (2,)),
+    "caption": (tf.string, ()),
+    "label": (tf.int32, ()),
+    "valid": (tf.bool, ()),
+    "index": (tf.int64, ()),
+    "seed": (tf.int64, (2,)),
+}
 
 
 @runtime_checkable
 class PositionalSource(Protocol):
     """A data source that can be read at any position: what a run resumes at its step on."""
 
+    records: bad_records.BadRecords
+
+    def feature_names(self) -> Sequence[str]:
+        """Those of `EXAMPLE_SPEC` that its examples have."""
+        ...
+
     def num_input_examples(self, split: str) -> int:
         """Number of records in a split."""
         ...
 
     def examples_at(
-        self, split: str, indices: tf.Tensor, *, shuffle: bool, seed: int
-    ) -> dict[str, tf.Tensor]:
+        self,
+        split: str,
+        indices: np.ndarray,
+        *,
+        shuffle: bool,
+        seed: int,
+        replace_bad: bool = True,
+        attempt: int = 0,
+    ) -> dict[str, np.ndarray]:
         """The examples at global indices of the endless sequence of epochs."""
         ...
 
+    def identity(self, split: str) -> dict[str, Any]:
+        """What the order depends on beside the seed: names and values for people and JSON."""
+        ...
 
-def _epoch_keys(seed: int, epochs: tf.Tensor) -> tf.Tensor:
-    """Keys of the permutations, int64 [n, 3], that look unrelated for neighbouring epochs."""
-    step = tf.constant(splitmix.GAMMA, tf.uint64)
-    key = splitmix.mix(tf.bitcast(tf.cast(seed, tf.int64), tf.uint64) + step)
-    key = splitmix.mix(key + tf.bitcast(epochs, tf.uint64) * step)
-    keys = [splitmix.mix(key + tf.constant(word, tf.uint64)) for word in range(3)]
-    return tf.bitcast(tf.stack(keys, axis=1), tf.int64)
+    def where(self, split: str, index: int, *, shuffle: bool, seed: int, attempt: int = 0) -> str:
+        """The shard and the number in it of a sample's record, for people."""
+        ...
 
 
-class TFRecordSource(seqio.DataSource):
-    """TFRecord shards as img2dataset writes them, one glob pattern a split.
+@dataclasses.dataclass(frozen=True)
+class RecordFields:
+    """Which of a record's fields are what.
 
-    Nothing is read before the first record or count is asked for. An example is
-    {'record': serialised tf.train.Example, 'index': int64, 'seed': int64 [2]}; 'seed' is what
-    random preprocessing of this very sample draws from, whichever host does it.
+    Attributes:
+      image: name of the encoded image's field; of several by ';' the first that a record has.
+      captions: names of caption fields, with how likely each is taken; empty for no captions.
+      label: name of the label's field, an integer, or None.
+      max_pixels: height times width above which an image is refused undecoded.
+    """
+
+    image: str = "jpg"
+    captions: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    label: str | None = None
+    max_pixels: int = image_files.MAX_PIXELS
+
+    def all_names(self) -> list[str]:
+        """Every name, alternatives together."""
+        return [self.image, *self.captions, *([self.label] if self.label else [])]
+
+
+class ImageTextSource(seqio.DataSource):
+    """Shards of image-text records, one glob pattern a split.
+
+    Nothing is read before the first record or count is asked for. 'seed' (int64 [2]) of an example
+    is what random preprocessing of this very sample draws from, whichever host does it.
     """
 
     def __init__(
         self,
         data_dir: str,
+        shard_format: shard_formats.ShardFormat,
+        fields: RecordFields,
         splits: Mapping[str, str] | None = None,
         index_dir: str | None = None,
-        fields: Sequence[str] = (),
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
     ):
         """Describes the data; touches no file.
 
         Args:
-          data_dir: folder of the data set, local or gs://.
-          splits: split name -> glob pattern under `data_dir`. The default is `SPLIT_FOLDERS`.
+          data_dir: folder of the data set, local, gs:// or whatever tf.io.gfile reads.
+          shard_format: how records lie in files.
+          fields: which fields are read.
+          splits: split name -> glob pattern under `data_dir`; default: the format's usual ones.
           index_dir: where to keep the record index; the default is a folder in `data_dir`.
-          fields: names of fields that the records must have; not each of them every record.
+          window_bytes: size of the shuffle window, in bytes of records as stored; also the most
+            that is kept of remote shards, twice.
         """
         self._data_dir = data_dir
-        self._patterns = dict(splits or SPLIT_FOLDERS)
+        self._format, self._fields = shard_format, fields
+        self._patterns = dict(splits or shard_format.patterns)
         self._index_dir = index_dir or os.path.join(data_dir, ".record_index")
-        self._fields = tuple(fields)
+        self._window_bytes = window_bytes
+        self._cache = shard_reader.BlockCache(2 * window_bytes)
+        self._lock = threading.Lock()
+        self._indices: dict[str, record_index.RecordIndex] = {}
+        self.records = bad_records.BadRecords()
         super().__init__(
             splits=tuple(self._patterns), caching_permitted=False, performs_internal_shuffling=True
         )
@@ -95,58 +157,79 @@ class TFRecordSource(seqio.DataSource):
         pattern = os.path.join(self._data_dir, self._patterns[split])
         shards = sorted(tf.io.gfile.glob(pattern))
         if not shards:
-            what = "has no shards" if tf.io.gfile.isdir(self._data_dir) else "does not exist"
             raise UserError(
-                f"data set directory {self._data_dir} {what}: no file matches {pattern}. Set "
-                "DATA_DIR to where the shards are, or write them (python -m clipa_t5x.data.build)."
+                f"data set directory {self._data_dir} {_what_is_there(self._data_dir)}: no file "
+                f"matches {pattern}. Set DATA_DIR to where the shards are and DATA_SPLITS to their "
+                "patterns, or write them (python -m clipa_t5x.data.build)."
             )
         return shards
 
-    @functools.cache  # noqa: B019  sources live as long as the registry of tasks
     def index(self, split: str) -> record_index.RecordIndex:
-        """The record index of a split, built at the first call.
+        """The record index of a split, built at the first call; safe among threads.
 
         Raises:
-          UserError: a shard is missing, empty or damaged, or records lack the fields asked for.
+          UserError: no shard holds a record, one is of another format, or records lack the fields
+            asked for.
         """
+        with self._lock:
+            if split not in self._indices:
+                self._indices[split] = self._load_index(split)
+            return self._indices[split]
+
+    def _load_index(self, split: str) -> record_index.RecordIndex:
         shards = self.list_shards(split)
-        index = record_index.load(shards, os.path.join(self._index_dir, split.replace("/", "_")))
-        if self._fields:
-            self._check_fields(index, shards[0])
+        path = os.path.join(self._index_dir, split.replace("/", "_"))
+        index = record_index.load(shards, path, self._format)
+        if not len(index):
+            problem = next(iter(index.problems.items()), (shards[0], "has no records"))
+            raise UserError(
+                f"the {len(shards)} shards of split {split!r} at {self._data_dir} hold no record "
+                f"({' '.join(problem)}): remove them, or write the data set again."
+            )
+        for shard, problem in index.problems.items():
+            self.records.add(BadRecord("damaged shard", problem), shard)
+        self._check_fields(index)
         return index
 
-    def _check_fields(self, index: record_index.RecordIndex, shard: str) -> None:
+    def _check_fields(self, index: record_index.RecordIndex) -> None:
         """Refuses field names that none of the first records has: training would read nothing."""
-        present: set[str] = set()
-        for record in index.read(np.arange(min(len(index), _RECORDS_TO_LOOK_AT))):
-            try:
-                present.update(tf.train.Example.FromString(record).features.feature)
-            except message.DecodeError as error:
-                raise UserError(
-                    f"{shard} holds records that are no tf.train.Example: write the data set with "
-                    "img2dataset's output_format=tfrecord."
-                ) from error
-        if missing := [field for field in self._fields if field not in present]:
+        first = index.read(np.arange(min(len(index), _RECORDS_TO_LOOK_AT)))
+        present = [record for record in first if not isinstance(record, BadRecord)]
+        for name in self._fields.all_names():
+            if any(r.get(n) is not None for r in present for n in name.split(";")):
+                continue
+            if not present and isinstance(first[0], BadRecord):
+                raise UserError(f"the first records of {index.shards[0]} are damaged: {first[0]}.")
             raise UserError(
-                f"the records of {shard} have no field {missing[0]!r}; their fields are "
-                f"{', '.join(sorted(present)) or 'none'}: set IMAGE_KEY, CAPTION_KEY or the task's "
-                "label_key to one of them."
+                f"the records of {index.shards[0]} have no field {name!r}; their fields are "
+                f"{', '.join(shard_formats.field_names(present)) or 'none'}: set IMAGE_KEY, "
+                "CAPTION_KEY or the task's label_key to one of them."
             )
+
+    def feature_names(self) -> Sequence[str]:
+        """Those of `EXAMPLE_SPEC` that its examples have."""
+        absent = {"caption": not self._fields.captions, "label": self._fields.label is None}
+        return [name for name in EXAMPLE_SPEC if not absent.get(name)]
 
     def num_input_examples(self, split: str) -> int:
         """Number of records in a split."""
         return len(self.index(split))
 
-    def read(self, split: str, positions: tf.Tensor) -> tf.Tensor:
-        """Serialised records (string [n]) at `positions` (int64 [n]), as an op for tf.data."""
+    def identity(self, split: str) -> dict[str, Any]:
+        """What the order depends on beside the seed: the shards and the window."""
         index = self.index(split)
+        return {
+            "num_shards": len(index.shards),
+            "num_examples": len(index),
+            "shards_digest": index.digest,
+            "window_records": self._order(split, True, 0).window,
+        }
 
-        def read(positions: np.ndarray) -> np.ndarray:
-            return np.array(index.read(positions), dtype=object)
-
-        records = tf.numpy_function(read, [positions], tf.string)
-        records.set_shape(positions.shape)
-        return records
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _order(self, split: str, shuffle: bool, seed: int) -> sample_order.SampleOrder:
+        index = self.index(split)
+        window = sample_order.window_records(self._window_bytes, index.mean_bytes)
+        return sample_order.SampleOrder(index.ends, min(window, len(index)), shuffle, seed)
 
     def get_dataset(
         self,
@@ -161,37 +244,166 @@ class TFRecordSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         """SeqIO's view of the source: one pass after the other, strided over shards of the job."""
         del sequence_length, use_cached
-        count = self.num_input_examples(split)
         shard_info = shard_info or seqio.ShardInfo(0, 1)
-        total = tf.data.experimental.INFINITE_CARDINALITY if num_epochs is None else num_epochs
-        end = np.iinfo(np.int64).max if total < 0 else count * total
-        ds = tf.data.Dataset.range(shard_info.index, end, shard_info.num_shards)
-        return ds.batch(64).map(
-            functools.partial(self.examples_at, split, shuffle=shuffle, seed=seed or 0)
-        ).unbatch()  # fmt: skip
+        count = self.num_input_examples(split)
+        end = np.iinfo(np.int64).max if not num_epochs or num_epochs < 0 else count * num_epochs
+        indices = tf.data.Dataset.range(shard_info.index, end, shard_info.num_shards).batch(64)
+        read = functools.partial(self.examples_at, split, shuffle=shuffle, seed=seed or 0)
+        return fetch(read, indices, self.feature_names()).unbatch()
 
     def examples_at(
-        self, split: str, indices: tf.Tensor, *, shuffle: bool, seed: int
-    ) -> dict[str, tf.Tensor]:
+        self,
+        split: str,
+        indices: np.ndarray,
+        *,
+        shuffle: bool,
+        seed: int,
+        replace_bad: bool = True,
+        attempt: int = 0,
+    ) -> dict[str, np.ndarray]:
         """The examples that stand at global indices of the endless sequence of epochs.
 
-        The order is a function of (seed, index) alone: epoch e = index // records is a permutation
-        of the records keyed by (seed, e), computed element by element. No state, no buffer, no
-        replay: any index is as near as the first.
+        They are functions of (seed, index) alone, see `sample_order`. Where a record is bad,
+        another one of the split stands in for it: it, too, is drawn by (seed, index) alone.
 
         Args:
           split: split name.
           indices: int64 [n].
           shuffle: whether epochs are permuted.
-          seed: of the permutation and of the samples' own seeds.
+          seed: of the order and of the samples' own draws.
+          replace_bad: whether others stand in for bad records, or these are only marked.
+          attempt: 0 for the samples themselves, n for the n-th stand-in of each.
+
+        Returns:
+          Arrays [n, ...] as in `EXAMPLE_SPEC`; 'valid' is False where a record is bad and was not
+          replaced.
         """
-        count = self.num_input_examples(split)
-        epochs, positions = indices // count, tf.math.floormod(indices, count)
-        if shuffle:
-            last = tf.fill(tf.shape(epochs), tf.constant(count - 1, tf.int64))
-            # With fewer rounds, or keys that differ in few bits, neighbours stay near each other.
-            positions = tf.raw_ops.RandomIndexShuffle(
-                index=positions, seed=_epoch_keys(seed, epochs), max_index=last, rounds=8
-            )
-        seeds = tf.stack([tf.fill(tf.shape(indices), tf.cast(seed, tf.int64)), indices], axis=1)
-        return {"record": self.read(split, positions), "index": indices, "seed": seeds}
+        found: list[_Sample | None] = [None] * len(indices)
+        todo = np.arange(len(indices))
+        for number in range(attempt, attempt + (MAX_ATTEMPTS if replace_bad else 1)):
+            records = self._records_at(split, indices[todo], shuffle, seed, number)
+            fields = self.index(split).read(records, self._cache)
+            for i, record in zip(todo, fields, strict=True):
+                found[i] = self._sample(record, split, int(indices[i]), shuffle, seed, number)
+            todo = np.asarray([i for i in todo if found[i] is None], np.int64)
+            if not len(todo):
+                break
+        self.records.saw(len(indices))
+        return _stack([sample or _Sample() for sample in found], indices, seed)
+
+    def _records_at(
+        self, split: str, indices: np.ndarray, shuffle: bool, seed: int, attempt: int
+    ) -> np.ndarray:
+        order = self._order(split, shuffle, seed)
+        if not attempt:
+            return order.records(indices)
+        draws = captions.uniform(np.stack([np.full_like(indices, seed), indices], 1), attempt)
+        return np.minimum((draws * order.num_records).astype(np.int64), order.num_records - 1)
+
+    def where(self, split: str, index: int, *, shuffle: bool, seed: int, attempt: int = 0) -> str:
+        """The shard and the number in it of a sample's record, and its key where it has one."""
+        record = self._records_at(split, np.asarray([index]), shuffle, seed, attempt)
+        records = self.index(split)
+        shard = int(records.shard_of(record)[0])
+        number = int(record[0] - (records.ends[shard - 1] if shard else 0))
+        (fields,) = records.read(record, self._cache)
+        key = "" if isinstance(fields, BadRecord) else fields.get("__key__") or fields.get("key")
+        name = f", key {key[0].decode('utf-8', 'replace')!r}" if key else ""  # pyright: ignore
+        return f"{number} of {records.shards[shard]}{name}"
+
+    def _sample(
+        self, record: Any, split: str, index: int, shuffle: bool, seed: int, attempt: int
+    ) -> "_Sample | None":
+        """What a record gives; None if it is bad, which is counted."""
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            data = shard_formats.first_present(record, self._fields.image)
+            image = image_files.check(data, self._fields.max_pixels)
+            if image.mended:
+                self.records.mend(image.mended)
+            caption = b""
+            if self._fields.captions:
+                caption, mended = captions.choose(record, self._fields.captions, seed, index)
+                if mended:
+                    self.records.mend(mended)
+            label = _label(record, self._fields.label)
+        except BadRecord as error:
+            place = self.where(split, index, shuffle=shuffle, seed=seed, attempt=attempt)
+            self.records.add(error, place)
+            return None
+        return _Sample(image.data, (image.height, image.width), caption, label, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """An example's fields; by default those of a bad record: a black pixel without a caption."""
+
+    encoded_image: bytes = dataclasses.field(default_factory=image_files.black)
+    image_size: tuple[int, int] = (2, 2)
+    caption: bytes = b""
+    label: int = -1
+    valid: bool = False
+
+
+def _stack(samples: Sequence[_Sample], indices: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    result = {}
+    for field in dataclasses.fields(_Sample):
+        dtype = EXAMPLE_SPEC[field.name][0].as_numpy_dtype
+        result[field.name] = np.array([getattr(x, field.name) for x in samples], dtype)
+    result["index"] = indices
+    result["seed"] = np.stack([np.full_like(indices, seed), indices], axis=1)
+    return result
+
+
+def _label(record: shard_formats.Fields, name: str | None) -> int:
+    if name is None:
+        return -1
+    values = record.get(name)
+    try:
+        return int(values[0]) if values else _missing_label(name)
+    except ValueError as error:
+        raise BadRecord("label is no number", f"{name} {values!r}") from error
+
+
+def _missing_label(name: str) -> int:
+    raise BadRecord("missing label", f"no field {name!r}")
+
+
+def _what_is_there(directory: str) -> str:
+    if not tf.io.gfile.isdir(directory):
+        return "does not exist"
+    names = sorted(tf.io.gfile.listdir(directory))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"has no such shards (it holds {', '.join(names[:5]) or 'nothing'}{more})"
+
+
+def blank(indices: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Examples as `examples_at` returns them, all of them marked as bad."""
+    return _stack([_Sample()] * len(indices), indices, seed)
+
+
+def fetch(
+    read: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    indices: tf.data.Dataset,
+    names: Sequence[str],
+) -> tf.data.Dataset:
+    """Batches of examples, by a function such as `examples_at`, of batches of int64 [n] indices.
+
+    Two are read at a time. An error is raised to whoever reads the data set, as tf.errors.
+    """
+    specs = {name: EXAMPLE_SPEC[name] for name in names}
+
+    def values(indices: np.ndarray) -> list[np.ndarray]:
+        examples = read(indices)
+        return [examples[name] for name in names]
+
+    def read_op(indices: tf.Tensor) -> dict[str, tf.Tensor]:
+        dtypes = [dtype for dtype, _ in specs.values()]
+        found = tf.numpy_function(values, [indices], dtypes, stateful=False)
+        for value, (_, shape) in zip(found, specs.values(), strict=True):
+            value.set_shape([*indices.shape, *shape])
+        return dict(zip(specs, found, strict=True))
+
+    read_op = tf.autograph.experimental.do_not_convert(read_op)
+    return indices.map(read_op, num_parallel_calls=2, deterministic=True)

@@ -6,8 +6,15 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from clipa_t5x.data import preprocessors, sources, vocabularies
-from clipa_t5x.errors import UserError
+from clipa_t5x.data import (
+    image_files,
+    preprocessors,
+    shard_formats,
+    sources,
+    tfrecords,
+    vocabularies,
+)
+from clipa_t5x.errors import UserError, check_number
 
 
 def image_text_task(
@@ -15,14 +22,17 @@ def image_text_task(
     data_dir: str,
     vocabulary: vocabularies.BertVocabulary | None = None,
     image_preprocessor: preprocessors.ImagePreprocessor = preprocessors.inception_crop,
+    shard_format: shard_formats.ShardFormat | None = None,
     splits: Mapping[str, str] | None = None,
     index_dir: str | None = None,
     image_key: str = "jpg",
-    caption_key: str = "txt",
+    caption_key: str | Mapping[str, float] = "txt",
     label_key: str | None = None,
     text_reduction: str = "truncate",
+    window_bytes: int = sources.DEFAULT_WINDOW_BYTES,
+    max_pixels: int = image_files.MAX_PIXELS,
 ) -> str:
-    """Registers a SeqIO task over TFRecord shards and returns its name.
+    """Registers a SeqIO task over shards of images and captions, and returns its name.
 
     In gin: `MIXTURE_OR_TASK_NAME = @tasks.image_text_task()`. A second call with the same name
     replaces the task. No file is read before the task's first use.
@@ -31,36 +41,45 @@ def image_text_task(
       name: of the task.
       data_dir: folder of the shards, local or gs://.
       vocabulary: tokeniser of the captions; None makes a task of images (and labels) alone.
-      image_preprocessor: function of (encoded image, size, seed), see `preprocessors`.
-      splits: split name -> glob pattern under `data_dir`; default `sources.SPLIT_FOLDERS`.
+      image_preprocessor: function of (encoded image, its size, size, seed), see `preprocessors`.
+      shard_format: how records lie in files; None for TFRecord.
+      splits: split name -> glob pattern under `data_dir`; default: the format's usual ones.
       index_dir: where the record index is kept; default beside the data.
-      image_key: name of the records' field with the encoded image.
-      caption_key: name of the field with the caption.
+      image_key: name of the records' field with the encoded image; of several, separated by ';',
+        the first that a record has.
+      caption_key: name of the field with the caption, or names with how likely each is taken.
       label_key: name of the field with the label, an int64; None where there is none.
       text_reduction: how captions are shortened to the text's length, one of
         `clipa_t5x.data.text_reduction.STRATEGIES`.
+      window_bytes: size of the shuffle window in bytes of records as stored.
+      max_pixels: height times width above which an image is refused undecoded.
 
     Raises:
-      UserError: there is no such strategy.
+      UserError: there is no such strategy, or a number is none or too small.
     """
+    check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
+    check_number("MAX_PIXELS", max_pixels, minimum=1, whole=True)
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
     features: dict[str, seqio.utils.Feature] = {"images": images}
+    captions: Mapping[str, float] = {}
     if vocabulary is not None:
         features["text"] = preprocessors.TextFeature(
             vocabulary, add_eos=False, dtype=tf.int32, reduction=text_reduction
         )
-    caption = caption_key if vocabulary is not None else None
-    fields = (image_key, caption, label_key)
+        captions = {caption_key: 1.0} if isinstance(caption_key, str) else dict(caption_key)
+    source = sources.ImageTextSource(
+        data_dir,
+        shard_format or tfrecords.TFRecord(),
+        sources.RecordFields(image_key, captions, label_key, max_pixels),
+        splits,
+        index_dir,
+        window_bytes,
+    )
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
-        source=sources.TFRecordSource(data_dir, splits, index_dir, [f for f in fields if f]),
-        preprocessors=preprocessors.image_text_preprocessors(
-            image_preprocessor=image_preprocessor,
-            image_key=image_key,
-            caption_key=caption,
-            label_key=label_key,
-        ),
+        source=source,
+        preprocessors=preprocessors.image_text_preprocessors(image_preprocessor),
         output_features=features,
         shuffle_buffer_size=None,
     )
@@ -84,7 +103,7 @@ def get_task(name: str) -> seqio.Task:
     if not isinstance(task, seqio.Task) or not isinstance(task.source, sources.PositionalSource):
         raise UserError(
             f"{name!r} cannot be read at any position, so a run could not resume at its step: use "
-            "a task over a TFRecordSource, see clipa_t5x.data.tasks."
+            "a task over an ImageTextSource, see clipa_t5x.data.tasks."
         )
     return task
 

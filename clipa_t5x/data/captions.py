@@ -1,0 +1,92 @@
+"""Which of a record's captions a sample uses, and what makes a caption fit to be tokenised."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from clipa_t5x.data.bad_records import BadRecord
+from clipa_t5x.data.shard_formats import Fields
+
+# Far beyond any text length: the tokeniser would work through all of it to keep 32 pieces.
+MAX_BYTES = 4096
+# Stand-ins of bad records draw from the streams 1, 2, ...
+_FIELD_STREAM, _TEXT_STREAM = 1001, 1002
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """`splitmix.mix` in NumPy."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform(seeds: np.ndarray, stream: int) -> np.ndarray:
+    """A number in [0, 1) of each seed (int64 [n, 2]) and stream: float64 [n].
+
+    Streams are independent of each other and of `splitmix.uniform`, which crops are drawn from.
+    """
+    words = seeds.astype(np.uint64)
+    gamma = np.uint64(_GAMMA)
+    with np.errstate(over="ignore"):
+        keys = _mix(_mix(words[:, 0] + gamma) + words[:, 1] * gamma)
+        bits = _mix(_mix(keys ^ np.uint64(0x5851F42D4C957F2D)) + np.uint64(stream + 1) * gamma)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def choose(record: Fields, rates: Mapping[str, float], seed: int, index: int) -> tuple[bytes, str]:
+    """One of a record's captions.
+
+    Fields that a record lacks leave their share to the others. Where a field holds several texts,
+    they are equally likely.
+
+    Args:
+      record: its fields.
+      rates: names of caption fields, with how likely each is taken.
+      seed: of the run.
+      index: of the sample.
+
+    Returns:
+      (the caption in UTF-8, what was mended of it or '').
+
+    Raises:
+      BadRecord: there is none, or none with a letter in it.
+    """
+    texts = {name: _texts(record.get(name)) for name in rates}
+    present = {name: rates[name] for name in rates if texts[name]}
+    if not present:
+        missing = all(record.get(name) is None for name in rates)
+        reason = "missing caption" if missing else "empty caption"
+        raise BadRecord(reason, " and ".join(map(repr, rates)))
+    (name,) = present if len(present) == 1 else (None,)
+    draws = _draws(seed, index) if name is None or len(texts[name]) > 1 else (0.0, 0.0)
+    if name is None:
+        shares = np.cumsum([max(rate, 0.0) for rate in present.values()])
+        place = int(np.searchsorted(shares, draws[0] * shares[-1], side="right"))
+        name = list(present)[min(place, len(present) - 1)]
+    chosen = texts[name][int(draws[1] * len(texts[name]))]
+    return _clean(chosen)
+
+
+def _draws(seed: int, index: int) -> tuple[float, float]:
+    seeds = np.asarray([[seed, index]], np.int64)
+    return float(uniform(seeds, _FIELD_STREAM)[0]), float(uniform(seeds, _TEXT_STREAM)[0])
+
+
+def _texts(values: Sequence[bytes | int] | None) -> list[bytes]:
+    return [value for value in values or () if isinstance(value, bytes) and value.strip()]
+
+
+def _clean(text: bytes) -> tuple[bytes, str]:
+    """(at most MAX_BYTES of valid UTF-8, what was mended or '')."""
+    mended = ""
+    if len(text) > MAX_BYTES:
+        # UTF-8 is cut between characters: what follows the last whole one is dropped below.
+        text, mended = text[:MAX_BYTES].decode("utf-8", "ignore").encode(), "long caption"
+    if text.isascii():
+        return text, mended
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return text.decode("utf-8", "replace").encode(), "invalid UTF-8"
+    return text, mended

@@ -1,0 +1,219 @@
+"""WebDataset's tar shards as the DataComp and LAION tools write them, read in place.
+
+A sample is the run of files of one key (the name up to the first dot of its last part); a field is
+what follows that dot: 'jpg', 'txt', 'json'. 'json:caption' is a member of that file. Nothing is
+unpacked: no path of an archive touches the disk.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from clipa_t5x.data.bad_records import BadRecord
+from clipa_t5x.data.shard_formats import Fields, Scan
+from clipa_t5x.data.shard_reader import BlockCache, ShardReader
+from clipa_t5x.data.tfrecords import scan_cache
+from clipa_t5x.errors import UserError
+
+BLOCK = 512
+_FILES = (b"0", b"\0")
+# Longer names follow in a member of their own, GNU's or POSIX's.
+_LONG_NAME, _PAX = b"L", b"x"
+# Members of other types (folders, links) are passed over.
+
+
+class Member(NamedTuple):
+    """One header of an archive.
+
+    Attributes:
+      name: as the header has it; longer names come by the member before.
+      kind: the header's type flag.
+      size: bytes of data.
+      padded: bytes of header, data and padding.
+    """
+
+    name: str
+    kind: bytes
+    size: int
+    padded: int
+
+
+def parse_header(header: bytes) -> Member | None:
+    """Reads 512 bytes; None where they are no header, or its checksum is wrong."""
+    if len(header) < BLOCK or header.count(0) == BLOCK:
+        return None
+    try:
+        expected = int(header[148:156].strip(b" \0") or b"-1", 8)
+        size = _number(header[124:136])
+    except ValueError:
+        return None
+    if sum(header) - sum(header[148:156]) + 8 * 32 != expected:
+        return None
+    name = header[:100].partition(b"\0")[0]
+    if header[257:262] == b"ustar" and header[262:263] == b"\0" and header[345]:
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    padded = BLOCK + -(-size // BLOCK) * BLOCK
+    return Member(name.decode("utf-8", "replace"), header[156:157], size, padded)
+
+
+def _number(field: bytes) -> int:
+    """An octal number, or GNU's base 256 of those that are too great."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _pax_path(data: bytes) -> str | None:
+    """The path among POSIX's extended header records, 'length key=value' a line."""
+    while data:
+        length, _, rest = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            return None
+        record = rest[: int(length) - len(length) - 1].rstrip(b"\n")
+        key, _, value = record.partition(b"=")
+        if key == b"path":
+            return value.decode("utf-8", "replace")
+        data = data[int(length) :]
+    return None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, field) of a file: 'a/0001.seg.png' is ('a/0001', 'seg.png'), in lower case."""
+    folder, slash, base = name.rpartition("/")
+    key, _, field = base.partition(".")
+    return folder + slash + key, field.lower()
+
+
+class _Open:
+    def __init__(self, reader: ShardReader):
+        self._reader = reader
+
+    def read(self, row: np.ndarray) -> Fields:
+        start, size = int(row[0]), int(row[1])
+        raw = self._reader.read(start, size)
+        if len(raw) < size:
+            raise BadRecord("truncated shard", f"{self._reader.path} ends within a sample")
+        return _JsonFields(_members(raw))
+
+
+class _JsonFields(dict[str, list[bytes | int]]):
+    """Fields, and 'json:name' for what is within the field 'json', parsed when asked for."""
+
+    def __missing__(self, name: str) -> list[bytes | int]:
+        file, colon, member = name.partition(":")
+        if not colon or not (content := dict.get(self, file)):
+            raise KeyError(name)
+        try:
+            value = json.loads(content[0]).get(member)
+        except (ValueError, AttributeError) as error:
+            raise BadRecord("unreadable metadata", f"field {file}: {error}") from error
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        return [v if isinstance(v, int) else str(v).encode() for v in values]
+
+    def get(self, name: str, default=None):  # pyright: ignore
+        """As a mapping's: also of 'json:name'."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
+def _members(raw: bytes) -> dict[str, list[bytes | int]]:
+    """The files of one sample, by field, and its key as '__key__'."""
+    fields: dict[str, list[bytes | int]] = {}
+    offset, long_name = 0, None
+    while offset < len(raw):
+        member = parse_header(raw[offset : offset + BLOCK])
+        if member is None:
+            raise BadRecord("damaged shard", "a header within the sample is damaged")
+        data = raw[offset + BLOCK : offset + BLOCK + member.size]
+        offset += member.padded
+        if member.kind == _LONG_NAME:
+            long_name = data.rstrip(b"\0").decode("utf-8", "replace")
+        elif member.kind == _PAX:
+            long_name = _pax_path(data) or long_name
+        else:
+            if member.kind in _FILES:
+                key, field = split_name(long_name or member.name)
+                fields[field] = [data]
+                fields["__key__"] = [key.encode()]
+            long_name = None
+    return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class WebDataset:
+    """Tar files; rows of the index are (offset of a sample's first header, bytes of its files)."""
+
+    name: str = "webdataset"
+    version: int = 1
+
+    @property
+    def patterns(self) -> Mapping[str, str]:
+        """A folder a split."""
+        return {"train": "train/*.tar", "validation": "validation/*.tar"}
+
+    def scan(self, path: str) -> Scan:
+        """Reads the shard header by header.
+
+        Raises:
+          UserError: it is no tar file.
+        """
+        rows: list[tuple[int, int]] = []
+        key, problem = None, ""
+        with ShardReader(path, scan_cache(path)) as reader:
+            for start, end, name in _walk(reader):
+                if name is None and not start:
+                    raise UserError(
+                        f"{path} is not a tar file: no header begins at byte 0. Remove the file "
+                        "or write it again."
+                    )
+                if not end:
+                    what = "is damaged" if name is None else "was cut off"
+                    problem = f"{what} at byte {start} of {reader.size}"
+                    if name is not None and name == key:
+                        rows.pop()  # The file that was cut off was one of this sample's.
+                elif name == key and rows[-1][0] + rows[-1][1] == start:
+                    rows[-1] = (rows[-1][0], end - rows[-1][0])
+                else:
+                    rows.append((start, end - start))
+                    key = name
+        return Scan(np.asarray(rows, np.int64).reshape(-1, 2), problem)
+
+    @contextmanager
+    def open(self, path: str, cache: BlockCache | None = None) -> Iterator[_Open]:
+        """Opens a shard to read samples of it."""
+        with ShardReader(path, cache) as reader:
+            yield _Open(reader)
+
+
+def _walk(reader: ShardReader) -> Iterator[tuple[int, int, str | None]]:
+    """Yields (first byte, byte after it, key) of every file, headers of its name included.
+
+    Where the archive breaks off, the end is 0, and the key None if no header can be read there.
+    """
+    offset, start, long_name = 0, 0, None
+    while offset < reader.size:
+        header = reader.read(offset, BLOCK)
+        member = parse_header(header)
+        if member is None:
+            if header.count(0) != len(header) or not offset:  # Zeros end an archive.
+                yield start, 0, None
+            return
+        if offset + BLOCK + member.size > reader.size:
+            yield start, 0, split_name(long_name or member.name)[0]
+            return
+        if member.kind in (_LONG_NAME, _PAX):
+            data = reader.read(offset + BLOCK, member.size)
+            found = data.rstrip(b"\0").decode("utf-8", "replace")
+            long_name = found if member.kind == _LONG_NAME else _pax_path(data) or long_name
+            offset += member.padded
+            continue
+        offset += member.padded
+        if member.kind in _FILES:
+            yield start, offset, split_name(long_name or member.name)[0]
+        start, long_name = offset, None
