@@ -83,7 +83,8 @@ def scaled_decode(encoded: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
 
     def jpeg_at(ratio: int) -> Callable[[], tf.Tensor]:
         def read() -> tf.Tensor:
-            first, last = box[:2] // ratio, -(-(box[:2] + box[2:]) // ratio)
+            # The nearest whole pixels: at a half, a crop is moved by no more than one of its own.
+            first, last = (box[:2] + ratio // 2) // ratio, (box[:2] + box[2:]) // ratio
             window = tf.concat([first, last - first], axis=0)
             return tf.image.decode_and_crop_jpeg(encoded, window, channels=3, ratio=ratio)
 
