@@ -14,7 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from clipa_t5x.data import text_reduction, vocabularies
+from clipa_t5x.data import splitmix, text_reduction, vocabularies
 
 # One call per core. Left to tf.data's autotuning, an iterator is deleted only when its tuning
 # thread next wakes, which after a minute of training takes as long again.
@@ -120,6 +120,15 @@ def center_crop(encoded: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
     image = resize(image, scaled[0], scaled[1])
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return tf.image.crop_to_bounding_box(image, top, left, size, size)
+
+
+def augment_keys(seed: int, indices: tf.Tensor) -> tf.Tensor:
+    """Keys of what is drawn on the accelerator, from a seed and samples' global indices.
+
+    int64 [n] to uint32 [n, 2], key data of `jax.random`'s threefry.
+    """
+    seeds = tf.stack([tf.fill(tf.shape(indices), tf.constant(seed, tf.int64)), indices], axis=1)
+    return tf.bitcast(splitmix.keys(seeds), tf.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
