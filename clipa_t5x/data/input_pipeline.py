@@ -29,7 +29,7 @@ def keep_accelerators_for_jax() -> None:
 
 
 # What goes to devices; captions and the like stay with the host.
-DEVICE_FEATURES = ("images", "text", "label", "weights")
+DEVICE_FEATURES = ("images", "text", "label", "weights", "augment_keys")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class DatasetConfig:
         return {
             "images": jax.ShapeDtypeStruct((self.batch_size, size, size, 3), np.uint8),
             "text": jax.ShapeDtypeStruct((self.batch_size, length), np.int32),
+            "augment_keys": jax.ShapeDtypeStruct((self.batch_size, 2), np.uint32),
         }
 
     def check(self) -> None:
@@ -143,13 +144,20 @@ def _dataset(
             indices = tf.minimum(indices, count - 1)
         return source.examples_at(cfg.split, indices, shuffle=cfg.shuffle, seed=cfg.seed)
 
+    def with_keys(step: tf.Tensor, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        indices = first_sample + step * cfg.batch_size + rows
+        return {**batch, "augment_keys": preprocessors.augment_keys(cfg.seed, indices)}
+
     limit = np.iinfo(np.int64).max if num_steps is None else num_steps
     ds = tf.data.Dataset.range(limit).map(
         preprocessors.as_written(fetch), num_parallel_calls=2, deterministic=True
     )
     ds = task.preprocess_postcache(ds.unbatch(), cfg.task_feature_lengths)
     ds, _ = feature_converters.convert(ds, cfg.task_feature_lengths)
-    ds = ds.batch(len(rows), drop_remainder=True).prefetch(2)
+    ds = ds.batch(len(rows), drop_remainder=True)
+    if num_steps is None:
+        ds = ds.enumerate().map(preprocessors.as_written(with_keys))
+    ds = ds.prefetch(2)
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False  # preprocessors.NUM_PARALLEL_CALLS says why

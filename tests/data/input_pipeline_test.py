@@ -9,7 +9,7 @@ import tiny_records
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipa_t5x import partitioning
-from clipa_t5x.data import input_pipeline, preprocessors, record_writer
+from clipa_t5x.data import input_pipeline, preprocessors, record_writer, splitmix
 from clipa_t5x.errors import UserError
 
 COUNT, BATCH = 13, 8
@@ -68,6 +68,7 @@ def test_batch_spec_is_what_comes(task):
     spec = cfg.batch_spec()
     assert spec["images"] == jax.ShapeDtypeStruct((BATCH, 16, 16, 3), np.uint8)
     assert spec["text"] == jax.ShapeDtypeStruct((BATCH, 8), np.int32)
+    assert spec["augment_keys"] == jax.ShapeDtypeStruct((BATCH, 2), np.uint32)
     (batch,) = host_batches(cfg, range(BATCH), 0, 1)
     for key, expected in spec.items():
         assert (batch[key].shape, batch[key].dtype) == (expected.shape, expected.dtype)
@@ -148,12 +149,13 @@ def test_to_global_is_the_hosts_data(num_devices, model):
         "text": rng.integers(0, 99, (16, 8)).astype(np.int32),
         "label": np.arange(16, dtype=np.int32),
         "weights": rng.random(16).astype(np.float32),
+        "augment_keys": rng.integers(0, 2**32, (16, 2), np.uint32),
         "caption": np.array([b"a"] * 16, object),
         "index": np.arange(16),
     }
     where = layout(num_devices, model)
     batch = where.to_global(host_batch, 16)
-    assert batch.keys() == {"images", "text", "label", "weights"}
+    assert batch.keys() == {"images", "text", "label", "weights", "augment_keys"}
     for key, value in batch.items():
         assert value.sharding == where.sharding
         assert value.dtype == host_batch[key].dtype
@@ -200,6 +202,23 @@ def test_seeds_change_order_and_crops(pictures):
     assert sorted(a["label"]) == sorted(c["label"]) == sorted(d["label"])
 
 
+def test_keys_are_of_the_seed_and_the_sample_alone(pictures, batches):
+    """Whatever process, start and batch size: as index by index, without a pipeline."""
+    for seed in (0, 1):
+        cfg = tiny_records.config(pictures, seed=seed)
+        (batch,) = host_batches(cfg, [1, 2, 7], 5 * BATCH, 1)
+        indices = [5 * BATCH + row for row in (1, 2, 7)]
+        assert batch["index"].tolist() == indices
+        seeds = tf.constant([(seed, index) for index in indices], tf.int64)
+        words = splitmix.keys(seeds).numpy()
+        expected = np.stack([words & np.uint64(2**32 - 1), words >> np.uint64(32)], axis=1)
+        np.testing.assert_array_equal(batch["augment_keys"], expected)
+        assert seed or np.array_equal(expected, batches[5]["augment_keys"][[1, 2, 7]])
+    keys = np.concatenate([batch["augment_keys"] for batch in batches])
+    assert len(np.unique(keys, axis=0)) == 6 * BATCH
+    assert keys.dtype == np.uint32
+
+
 # Training.
 
 
@@ -229,7 +248,7 @@ def test_train_iterator_goes_on_where_its_state_says(task, iterators):
     second = iterators(cfg, layout(8, 2), input_pipeline.resume_position(cfg, state))
     for batch in following:
         again = next(second)
-        assert again.keys() == {"images", "text", "label"}
+        assert again.keys() == {"images", "text", "label", "augment_keys"}
         assert_same(again, batch)
     assert second.state() == first.state()
     expected = host_batches(cfg, range(BATCH), 0, 1)[0]
