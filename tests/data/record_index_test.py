@@ -108,7 +108,9 @@ def test_a_changed_shard_is_scanned_again(shards, tmp_path, scans, change):
     change(shards)
     index = load(shards, path)
     assert sorted(scans) == shards
-    assert read(index, np.arange(len(index))) == [r.numpy() for r in tf.data.TFRecordDataset(shards)]
+    assert read(index, np.arange(len(index))) == [
+        r.numpy() for r in tf.data.TFRecordDataset(shards)
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".npy"])
