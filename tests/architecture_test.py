@@ -19,7 +19,7 @@ LAYERS = [
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"},
-    {"main", "train", "eval", "schedule", "report", "data.build"}
+    {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
     | {"export", "precompile", "import_weights", "plan"},
 ]
 DOORS = LAYERS[-1]
