@@ -60,6 +60,7 @@ class Trainer:
     Attributes:
       state_shardings: a NamedSharding for every array of the train state.
       abstract_state: shapes, dtypes and shardings of the train state; no memory is allocated.
+      num_microbatches: how many parts of the batch the train step runs one after the other.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Trainer:
         microbatching.check_num_microbatches(
             num_microbatches, batch_size, partitioner.num_batch_parts(self.mesh)
         )
-        self._batch_spec, self._num_microbatches = batch_spec, num_microbatches
+        self._batch_spec, self.num_microbatches = batch_spec, num_microbatches
         init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
         self._init_params = lambda rng: nn.unbox(init(rng))
         self.boxed_params = jax.eval_shape(init, jax.random.key(0))
@@ -169,7 +170,7 @@ class Trainer:
                 train_step,
                 model=self._model,
                 optimizer=self._optimizer,
-                num_microbatches=self._num_microbatches,
+                num_microbatches=self.num_microbatches,
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),

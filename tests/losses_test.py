@@ -186,13 +186,14 @@ def test_weights_of_zero_throughout_give_a_loss_of_zero():
     ],
     ids=["identical captions", "zero embeddings"],
 )
-def test_batches_that_tell_nothing_have_finite_gradients(images, texts):
-    def loss(x, y, s):
-        return _loss(x, y, s)[0]
+@BOTH
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_batches_that_tell_nothing_have_finite_gradients(loss, num_chunks, images, texts):
+    def run(x, y, s):
+        return loss(x, y, s, num_chunks=num_chunks)[0]
 
-    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    value, grads = value_and_grad(images, texts, 100.0)
-    assert value >= math.log(8) - 1e-5
+    value, grads = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(images, texts, 100.0)
+    assert np.isfinite(value) and (loss is _sigmoid or value >= math.log(8) - 1e-5)
     assert all(np.all(np.isfinite(g)) for g in grads)
 
 
@@ -206,6 +207,13 @@ def test_random_embeddings_cost_about_the_logarithm_of_the_batch():
     batch, joint = 512, 512
     loss, _ = _loss(_unit(batch, joint, 0), _unit(batch, joint, 1))
     assert float(loss) == pytest.approx(math.log(batch) + SCALE**2 / (2 * joint), abs=0.1)
+
+
+@BOTH
+def test_of_equally_near_texts_the_first_counts_in_chunks_too(loss):
+    same = np.tile(_unit(1, 4, 0), (8, 1))
+    for num_chunks in (1, 2, 8):
+        assert float(loss(same, same, num_chunks=num_chunks)[1]["accuracy"]) == 1 / 8
 
 
 def test_accuracy_counts_images_nearest_to_their_own_text():
