@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipa_t5x import losses, partitioning
+from clipa_t5x import hlo_analysis, losses, partitioning
 
 SCALE = 1 / 0.07
 
@@ -108,6 +108,25 @@ def test_chunks_bound_the_memory(loss):
     plain, chunked = temporaries(1), temporaries(16)
     assert plain >= 4 * 2048 * 2048  # at least the logits themselves
     assert chunked < plain / 8
+
+
+@BOTH
+def test_chunks_gather_every_text_but_once_a_pass(loss):
+    batch, joint, num_chunks = 512, 32, 16
+    partitioner = partitioning.PjitPartitioner()
+    sharding = partitioner.batch_sharding()
+    x = jax.ShapeDtypeStruct((batch, joint), jnp.float32, sharding=sharding)
+
+    def run(x, y):
+        return loss(x, y, num_chunks=num_chunks)[0]
+
+    with partitioner.activate():
+        grad = jax.jit(jax.grad(run, (0, 1)), out_shardings=sharding)
+        text = grad.lower(x, x).compile().as_text()
+    gathered = hlo_analysis.analyze(text).collectives["all-gather"]
+    # Forward, and again for the backward pass; and never all at once.
+    assert gathered.bytes <= 2 * 1.1 * 4 * batch * joint
+    assert gathered.bytes / gathered.count <= 4 * batch * joint / num_chunks
 
 
 def test_sigmoid_contrastive_is_the_papers():
