@@ -18,8 +18,8 @@ Computations = Mapping[str, list[Instruction]]
 # They move nothing, or what they run is looked at by itself.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast",
-    "while", "conditional", "call", "async-start", "after-all", "add-dependency", "opt-barrier",
-    "partition-id", "replica-id", "domain",
+    "while", "conditional", "call", "call-start", "async-start", "after-all", "add-dependency",
+    "opt-barrier", "partition-id", "replica-id", "domain",
 }  # fmt: skip
 
 _FREE_CUSTOM_CALL = re.compile(
@@ -116,11 +116,20 @@ class _Body:
             if user.is_root and user.operation == "tuple":
                 # A fusion that hands on what it was given does not read it.
                 share += value.operation != "parameter"
-            elif user.operation in _ELEMENTWISE:
+            elif self._is_elementwise(user):
                 share += self._share_used(user)
             else:
                 share += self._share_read(user, position)
         return min(1.0, share)
+
+    def _is_elementwise(self, instruction: Instruction) -> bool:
+        """Whether it only hands on its operand, as a fusion of nothing but a copy does, too."""
+        if instruction.operation == "fusion":
+            inner = self._called(instruction)
+            copied = inner._operand(inner._root, 0) if inner._root else None
+            is_copy = inner._root is not None and inner._root.operation in _ELEMENTWISE
+            return is_copy and copied is not None and copied.operation == "parameter"
+        return instruction.operation in _ELEMENTWISE
 
     def _written(self, instruction: Instruction) -> int:
         """Bytes of an instruction's results that lie in main memory."""

@@ -121,6 +121,34 @@ ENTRY %main (a: bf16[2,128], b: f32[64]) -> bf16[16,128] {
 """  # noqa: E501
 
 
+# A slice of an array that is laid out anew as it is read, in a fusion within the fusion.
+RELAID = """HloModule jit_step, is_scheduled=true
+
+%copy_fusion (p: bf16[48,128]) -> bf16[48,128] {
+  %p = bf16[48,128]{1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[48,128]{1,0:T(8,128)(2,1)} copy(%p)
+}
+
+%sliced (q: bf16[48,128], i: s32[]) -> f32[1,128] {
+  %q = bf16[48,128]{1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %f = bf16[48,128]{1,0:T(8,128)(2,1)} fusion(%q), kind=kLoop, calls=%copy_fusion
+  %s = bf16[1,128]{1,0:T(8,128)(2,1)} dynamic-slice(%f, %i, %i), dynamic_slice_sizes={1,128}
+  ROOT %r = f32[1,128]{1,0:T(8,128)} convert(%s)
+}
+
+ENTRY %main (a: bf16[48,128], i: s32[]) -> f32[1,128] {
+  %a = bf16[48,128]{1,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %g = f32[1,128]{1,0:T(8,128)} fusion(%a, %i), kind=kLoop, calls=%sliced
+}
+"""
+
+
+def test_a_slice_of_what_a_fusion_copies_is_a_slice():
+    assert _bytes(RELAID) == 128 * 2 + 128 * 4
+
+
 def test_programs_for_tpus_count_what_their_hbm_sees():
     gathered, own, hidden = 16 * 128 * 2, 2 * 128 * 2, 2 * 64 * 4
     fetched, stored = 4 * 128 * 2, 4 * 128 * 2
