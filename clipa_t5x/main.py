@@ -70,7 +70,7 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "topology",
     None,
-    "precompile: chips to compile for, kind-number: v4-N, v5e-N, v5p-N, v6e-N (compiled), cpu-N "
+    "precompile: chips to compile for, kind-number: v4-N, v5e-N, v5p-N, v6e-N, tpu7x-N, cpu-N "
     "(compiled), gpu-a100-N, gpu-h100-N, gpu-h200-N (from shapes alone). N counts chips. A recipe "
     "that does not fit ends with status 2.",
     flag_values=_FLAGS,

@@ -13,7 +13,7 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
-    | {"topologies", "hlo_analysis", "flop_count"},
+    | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
