@@ -26,11 +26,13 @@ class Shard:
     Attributes:
       file: the file's name within its directory.
       records: how many records it holds.
+      bytes: the file's size.
       sha256: hexadecimal digest of the whole file.
     """
 
     file: str
     records: int
+    bytes: int
     sha256: str
 
 
@@ -128,11 +130,12 @@ def write_shards(
             writers[shard].write(record)
             counts[shard] += 1
     return [
-        Shard(file=path.name, records=count, sha256=_sha256(path))
+        Shard(file=path.name, records=count, bytes=path.stat().st_size, sha256=sha256(path))
         for path, count in zip(paths, counts, strict=True)
     ]
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a whole file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
