@@ -13,7 +13,7 @@ This module knows the command line; see `conversion`, `inspection` and `embedded
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipa_t5x.data import embedded, word_classes
@@ -24,9 +24,67 @@ _LEAST = {"image_size": 8, "seed": 0, "num_workers": 0}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m clipa_t5x.data.build", description="Builds a small data set."
+        prog="python -m clipa_t5x.data.build", description="Makes data sets, and looks into them."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{shapes,digits,tags}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{convert,inspect,shapes,digits,tags}"
+    )
+    _add_convert(commands)
+    _add_inspect(commands)
+    _add_embedded(commands)
+    _add_tags(commands)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser("convert", help="a split of any format to TFRecord or ArrayRecord")
+    for option, default, meaning in (
+        ("source", None, "folder of the shards, or one file"),
+        ("output_dir", None, "where the data set goes; it may hold other converted splits"),
+        ("pattern", "", "glob pattern of the shards under source (all of a known format)"),
+        ("split", "train", "name of what is written (train)"),
+        ("image_key", "jpg;jpeg;png;webp", "the image's field; of several the first there is"),
+        ("label_key", "", "the label's field, an integer (none)"),
+    ):
+        parser.add_argument(f"--{option}", required=default is None, default=default, help=meaning)
+    parser.add_argument(
+        "--caption_key",
+        action="append",
+        help="a caption's field, again for each further one; the first is written as txt (txt)",
+    )
+    parser.add_argument(
+        "--output_format",
+        choices=["array_record", "tfrecord"],
+        default="array_record",
+        help="of the shards written (array_record)",
+    )
+    for option, default, meaning in (
+        ("short_side", None, "shrink larger images to this many pixels on their short side"),
+        ("quality", 95, "of JPEGs that are encoded anew (95)"),
+        ("records_per_shard", 10_000, "records of the input per shard (10000)"),
+        ("num_workers", os.cpu_count(), "processes; the output does not depend on it (cores)"),
+    ):
+        parser.add_argument(f"--{option}", type=int, default=default, help=meaning)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew where arguments have changed"
+    )
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="what is in a shard, a split or a data set")
+    parser.add_argument("path", help="a shard, a folder of shards, or a data set's folder")
+    parser.add_argument("--num", type=int, default=36, help="pictures of the grid (36)")
+    parser.add_argument("--output", default="", help="where the picture grid goes, a PNG (nowhere)")
+    parser.add_argument("--image_key", default="", help="the image's field (by its usual names)")
+    parser.add_argument(
+        "--caption_key", action="append", help="a caption's field (by its usual names)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="look at every record, and compare checksums"
+    )
+
+
+def _add_embedded(commands: Any) -> None:
     shapes_parser = commands.add_parser("shapes", help="procedural scenes of patterned shapes")
     digits_parser = commands.add_parser("digits", help="scikit-learn's handwritten digits")
     # Options that are left out keep the defaults of the functions above.
@@ -50,8 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--overwrite", action="store_true", help="replace another data set in output_dir"
         )
-    _add_tags(commands)
-    return parser
 
 
 def _add_tags(commands: Any) -> None:
@@ -81,20 +137,70 @@ def _tag(vocabulary_path: str, tagger: str) -> None:
 
 def _run(arguments: dict[str, Any]) -> None:
     name = arguments.pop("command")
-    if name == "tags":
+    if name == "convert":
+        _convert(arguments)
+    elif name == "inspect":
+        _inspect(arguments)
+    elif name == "tags":
         _tag(**arguments)
     else:
         _build(name, arguments)
 
 
-def _build(name: str, arguments: dict[str, Any]) -> None:
-    output_dir = arguments.pop("output_dir")
-    overwrite, num_shards = arguments.pop("overwrite"), arguments.pop("num_shards")
-    for option, value in {**arguments, "num_shards": num_shards}.items():
-        if value < _LEAST.get(option, 1):
+def _convert(arguments: dict[str, Any]) -> None:
+    from clipa_t5x.data import conversion, shard_conversion  # only here: they take TensorFlow
+
+    _check_least(arguments)
+    if arguments["quality"] > 100:
+        raise UserError(f"--quality={arguments['quality']} is too great: give at most 100")
+    keys = ["txt"] if arguments["caption_key"] is None else arguments["caption_key"]
+    options = shard_conversion.Options(
+        caption_keys=tuple(key for key in keys if key),
+        label_key=arguments["label_key"] or None,
+        **{name: arguments[name] for name in ("image_key", "short_side", "quality")},
+        output_format=arguments["output_format"],
+    )
+    facts = conversion.convert(
+        arguments["source"],
+        arguments["output_dir"],
+        pattern=arguments["pattern"] or None,
+        options=options,
+        **{
+            name: arguments[name]
+            for name in ("split", "records_per_shard", "num_workers", "overwrite")
+        },
+    )
+    print(conversion.describe(facts, arguments["output_dir"], arguments["split"]))
+
+
+def _inspect(arguments: dict[str, Any]) -> None:
+    from clipa_t5x.data import inspection  # only here: it takes TensorFlow
+
+    _check_least(arguments)
+    keys = arguments["caption_key"]
+    for text in inspection.inspect(
+        arguments["path"],
+        image_key=arguments["image_key"] or None,
+        caption_keys=None if keys is None else tuple(key for key in keys if key),
+        num_pictures=arguments["num"],
+        output=arguments["output"] or None,
+        everything=arguments["all"],
+    ):
+        print(text, flush=True)
+
+
+def _check_least(numbers: Mapping[str, Any]) -> None:
+    for option, value in numbers.items():
+        if isinstance(value, int) and value < _LEAST.get(option, 1) and value is not False:
             raise UserError(
                 f"--{option}={value} is too small: give at least {_LEAST.get(option, 1)}"
             )
+
+
+def _build(name: str, arguments: dict[str, Any]) -> None:
+    output_dir = arguments.pop("output_dir")
+    overwrite, num_shards = arguments.pop("overwrite"), arguments.pop("num_shards")
+    _check_least({**arguments, "num_shards": num_shards})
     dataset = embedded.MAKERS[name](**arguments)
     manifest = embedded.build(dataset, output_dir, num_shards=num_shards, overwrite=overwrite)
     if manifest is None:

@@ -9,7 +9,7 @@ expected: it is as if it were not there.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipa_t5x.data import record_writer, shard_reader
@@ -145,8 +145,11 @@ def _exists(path: str) -> bool:
     return tf.io.gfile.exists(path)
 
 
-def check_sums(data_dir: str, split: str) -> str:
-    """Reads a local split whole and compares the checksums.
+def check_sums(shards: Sequence[str]) -> str:
+    """Reads local shards whole and compares their checksums with the manifest's.
+
+    Args:
+      shards: paths of shards of one split, all of them named by the manifest.
 
     Returns:
       What was compared, for people.
@@ -154,11 +157,12 @@ def check_sums(data_dir: str, split: str) -> str:
     Raises:
       UserError: names the first shard whose bytes are others.
     """
+    data_dir, split = os.path.split(os.path.dirname(shards[0]))
     manifest = read(data_dir) or {"splits": {}}
-    shards = manifest["splits"].get(split, {"shards": []})["shards"]
-    for shard in shards:
-        path = os.path.join(data_dir, split, shard["file"])
-        if record_writer.sha256(path) != shard["sha256"]:
+    facts = manifest["splits"].get(split, {"shards": []})
+    stated = {shard["file"]: shard["sha256"] for shard in facts["shards"]}
+    for path in shards:
+        if record_writer.sha256(path) != stated.get(os.path.basename(path)):
             raise UserError(
                 f"shard {path} has another SHA-256 than {FILE} says: its bytes have changed. Copy "
                 "it again, or write the data set anew."
