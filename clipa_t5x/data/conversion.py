@@ -176,7 +176,7 @@ def _check_fields(index: record_index.RecordIndex, options: shard_conversion.Opt
     wanted["label_key"] = [options.label_key] if options.label_key else []
     for flag, names in wanted.items():
         for name in names:
-            if present and not any(r.get(n) is not None for r in present for n in name.split(";")):
+            if present and not any(r.get(n) for r in present for n in name.split(";")):
                 raise UserError(
                     f"the records of {index.shards[0]} have no field {name!r}; their fields are "
                     f"{', '.join(shard_formats.field_names(present))}: set --{flag} to one of them"

@@ -5,7 +5,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -23,7 +23,7 @@ def run(
     tasks: Mapping[int, shard_conversion.ShardTask],
     num_workers: int,
     count: Callable[[int], None],
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Writes shards and yields (number, what `shard_conversion.write_shard` returned) as they end.
 
     Args:

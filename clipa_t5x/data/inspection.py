@@ -18,6 +18,7 @@ from clipa_t5x.data import (
     record_statistics,
     shard_conversion,
     shard_formats,
+    shard_reader,
 )
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.errors import UserError
@@ -219,7 +220,7 @@ def _statistics(
 
 def _compare(data_dir: str, index: record_index.RecordIndex, everything: bool) -> str:
     compared = manifests.check(data_dir, index)
-    if compared and everything:
+    if compared and everything and shard_reader.is_local(data_dir):
         compared += f"; {manifests.check_sums(index.shards)}"
     return f"  manifest: {compared or 'none'}"
 

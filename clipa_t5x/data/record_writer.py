@@ -149,7 +149,7 @@ class ArrayRecordFile:
     """
 
     def __init__(self, path: str):
-        from array_record.python import array_record_module
+        from array_record.python import array_record_module  # pyright: ignore
 
         self._path = path
         # One thread: the file's bytes are the same with several, and so is the speed.

@@ -264,7 +264,7 @@ def _captions(
             texts[written] = [text for text, _ in cleaned]
             mended += [change for _, change in cleaned if change]
     if options.caption_keys and not texts:
-        missing = all(fields.get(name) is None for name in options.caption_keys)
+        missing = not any(fields.get(name) for name in options.caption_keys)
         reason = "missing caption" if missing else "empty caption"
         raise BadRecord(reason, " and ".join(map(repr, options.caption_keys)))
     return texts, mended
