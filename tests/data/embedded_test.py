@@ -76,6 +76,7 @@ def test_manifest_tells_the_truth(built):
         for shard in facts["shards"]:
             data = (built / split / shard["file"]).read_bytes()
             assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+            assert shard["bytes"] == len(data)
         records = read_split(built, split)
         assert (
             facts["records"] == sum(s["records"] for s in facts["shards"]) == len(records) == size

@@ -30,3 +30,15 @@ def test_progress_elsewhere_reports_every_few_seconds(monkeypatch):
     assert lines[0] == "4/10 records, 0.5/s, ETA 12 s"
     assert lines[-1].startswith("10/10 records")
     assert len(lines) == 3
+
+
+def test_several_are_counted_at_once(monkeypatch):
+    clock = iter(range(100, 200, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    stream = io.StringIO()
+    counter = progress.Progress(1000, stream)
+    counter.count(0)
+    for _ in range(3):
+        counter.count(200)
+    # What the first report brought took an unknown time.
+    assert stream.getvalue().splitlines()[-1] == "600/1000 records, 20/s, ETA 20 s"
