@@ -42,3 +42,9 @@ def test_several_are_counted_at_once(monkeypatch):
         counter.count(200)
     # What the first report brought took an unknown time.
     assert stream.getvalue().splitlines()[-1] == "600/1000 records, 20/s, ETA 20 s"
+
+
+def test_what_is_counted_is_named():
+    stream = io.StringIO()
+    progress.Progress(1, stream, "shards").count()
+    assert stream.getvalue().startswith("1/1 shards, ")
