@@ -1,16 +1,25 @@
-"""Bytes of a file at any position, of local and of remote files; remote ones by cached blocks."""
+"""Bytes of a file at any position, of local and of remote files; remote ones by cached blocks.
+
+TensorFlow, which takes seconds to import, is imported where a file is remote: processes that only
+convert local shards go without it.
+"""
 
 import collections
 import functools
 import os
 import threading
 from concurrent import futures
-
-import tensorflow as tf
+from typing import Any
 
 BLOCK_BYTES = 4 * 2**20
 # Blocks that are asked for by several threads at once are fetched once each, so many at a time.
 _FETCHES = 16
+
+
+def _gfile() -> Any:
+    import tensorflow as tf
+
+    return tf.io.gfile
 
 
 def is_local(path: str) -> bool:
@@ -54,7 +63,7 @@ class BlockCache:
             return block
 
     def _fetch(self, path: str, number: int) -> bytes:
-        with tf.io.gfile.GFile(path, "rb") as f:
+        with _gfile().GFile(path, "rb") as f:
             f.seek(number * self._block_bytes)
             return f.read(self._block_bytes)
 
@@ -76,7 +85,7 @@ class ShardReader:
         if is_local(self.path):
             self._fd = os.open(self.path, os.O_RDONLY)
         elif self._cache is None:
-            self._file = tf.io.gfile.GFile(self.path, "rb")
+            self._file = _gfile().GFile(self.path, "rb")
         return self
 
     def __exit__(self, *_) -> None:
@@ -88,7 +97,9 @@ class ShardReader:
     @functools.cached_property
     def size(self) -> int:
         """Bytes of the file."""
-        return tf.io.gfile.stat(self.path).length
+        if is_local(self.path):
+            return os.fstat(self._fd).st_size
+        return _gfile().stat(self.path).length
 
     def read(self, offset: int, size: int) -> bytes:
         """At most `size` bytes from `offset`; fewer at the end of the file."""
