@@ -167,7 +167,7 @@ def _scan_all(
 
     def scan(path: str) -> shard_formats.Scan:
         if not tf.io.gfile.stat(path).length:
-            found = shard_formats.Scan(np.zeros((0, 2), np.int64), "is empty (0 bytes)")
+            found = shard_formats.Scan(np.zeros((0, shard_format.columns), np.int64), "is empty (0 bytes)")
         else:
             found = shard_format.scan(path)
         counter.count()
