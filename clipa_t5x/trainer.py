@@ -4,7 +4,7 @@ A *step* is one update; `TrainState.step` counts updates completed.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,9 @@ from clipa_t5x import microbatching, models, optimizers, partitioning, train_sta
 
 Metrics = Mapping[str, jax.Array]
 
+# (images uint8 [batch, height, width, 3], keys uint32 [batch, 2]) -> images; see `augmentation`.
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 def train_step(
     state: train_state.TrainState,
@@ -25,20 +28,25 @@ def train_step(
     model: models.ClipModel,
     optimizer: optimizers.Optimizer,
     num_microbatches: int = 1,
+    augment: Augment | None = None,
 ) -> tuple[train_state.TrainState, Metrics]:
     """One update: a pure function.
 
     Args:
       state: before the update; donated when jitted by `Trainer`.
-      batch: global, see `models.ClipModel.__call__`.
+      batch: global, see `models.ClipModel.__call__`; 'augment_keys' uint32 [batch, 2], too, where
+        images are augmented.
       model: the model.
       optimizer: the update rule.
       num_microbatches: see `microbatching.value_and_grad`.
+      augment: makes of images and keys what the model sees; None where that is the images.
 
     Returns:
       The state after the update, and float32 scalars: the model's metrics, the learning rate of
       this update, and the global norms of gradient, parameters (before) and update.
     """
+    if augment is not None:
+        batch = {**batch, "images": augment(batch["images"], batch["augment_keys"])}
     (_, metrics), grads = microbatching.value_and_grad(
         model, state.params, batch, state.step_rng(), num_microbatches
     )
@@ -71,6 +79,7 @@ class Trainer:
         batch_spec: Mapping[str, jax.ShapeDtypeStruct],
         mesh: Any = None,
         num_microbatches: int = 1,
+        augment: Augment | None = None,
     ):
         """Works out shapes and shardings; computes nothing.
 
@@ -83,6 +92,7 @@ class Trainer:
             devices to compile for.
           num_microbatches: how many parts of the batch the train step runs one after the other, for
             less memory and with the same result; see `microbatching.value_and_grad`.
+          augment: as for `train_step`; neither evaluation nor embedding knows it.
 
         Raises:
           UserError: a parameter's dimension, or the batch, does not divide by the mesh, or a
@@ -96,6 +106,7 @@ class Trainer:
             num_microbatches, batch_size, partitioner.num_batch_parts(self.mesh)
         )
         self._batch_spec, self._num_microbatches = batch_spec, num_microbatches
+        self._augment = augment
         init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
         self._init_params = lambda rng: nn.unbox(init(rng))
         self.boxed_params = jax.eval_shape(init, jax.random.key(0))
@@ -170,6 +181,7 @@ class Trainer:
                 model=self._model,
                 optimizer=self._optimizer,
                 num_microbatches=self._num_microbatches,
+                augment=self._augment,
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),

@@ -12,7 +12,7 @@ PACKAGE = "clipa_t5x"
 # whole package; a module that is on no line is refused, so that its place is decided.
 LAYERS = [
     {"errors", "version"},
-    {"losses", "schedules", "partitioning", "towers", "metrics"}
+    {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
     | {"topologies", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}

@@ -5,7 +5,7 @@ import math
 import experiments
 import jax
 import pytest
-from gin_test import GOLDENS, SCHEDULE_FILES, check_golden
+from gin_test import GOLDENS, SCHEDULE_FILES, STAGE_FILES, check_golden
 
 from clipa_t5x import gin_utils, model_info, models, stage_info, train
 
@@ -89,6 +89,17 @@ def test_tokens_and_steps_are_the_papers(experiment):
         info.total_steps,
         info.batch_size,
     )
+
+
+def test_all_stages_from_l16_up_jitter_colors():
+    def augments(experiment):
+        text = (GOLDENS / f"{experiment}.gin").read_text()
+        return "\nAUGMENTATION = @augmentation.simclr_jitter_gray\n" in text
+
+    jittering = {name.partition("_")[0] for name in STAGE_FILES if augments(name)}
+    others = {name.partition("_")[0] for name in STAGE_FILES if not augments(name)}
+    assert jittering == {"L16", "L14", "H14", "g14", "bigG14"}
+    assert others == {"S16", "B16", "shapes", "digits"}
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clipa_t5x import errors, models, optimizers, partitioning, schedules, train_state, trainer
+from clipa_t5x import (
+    augmentation,
+    errors,
+    models,
+    optimizers,
+    partitioning,
+    schedules,
+    train_state,
+    trainer,
+)
 
 STEPS = 3
 FSDP = partitioning.standard_logical_axis_rules(1, 2)
@@ -41,7 +51,9 @@ def _batch_spec(batch):
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
 
 
-def _make_trainer(batch, model, optimizer=None, num_devices=8, num_microbatches=1, **partitioner):
+def _make_trainer(
+    batch, model, optimizer=None, num_devices=8, num_microbatches=1, augment=None, **partitioner
+):
     return trainer.Trainer(
         model=model,
         optimizer=optimizer or _optimizer(),
@@ -50,6 +62,7 @@ def _make_trainer(batch, model, optimizer=None, num_devices=8, num_microbatches=
         ),
         batch_spec=_batch_spec(batch),
         num_microbatches=num_microbatches,
+        augment=augment,
     )
 
 
@@ -244,6 +257,47 @@ def test_training_lowers_the_loss(sharded, tiny_batch, expected):
         state, metrics = sharded.compiled_train_step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.6 * losses[0]
+
+
+COLLECTIVES = r"= .* (?:all|reduce|collective)-[a-z]+(?:-start)?\("
+
+
+def test_augmented_training_is_training_on_augmented_images(sharded, model, tiny_batch, expected):
+    batch = tiny_batch()
+    keys = jax.random.bits(jax.random.key(1), (16, 2), "uint32")
+    keyed = {**batch, "augment_keys": keys}
+    augment = augmentation.simclr_jitter_gray
+    subject = _make_trainer(keyed, model, augment=augment, logical_axis_rules=FSDP)
+    augmented = {**batch, "images": jax.jit(augment)(batch["images"], keys)}
+    assert jnp.any(augmented["images"] != batch["images"], axis=(1, 2, 3)).sum() > 8
+    results = [
+        jax.device_get(
+            each.compiled_train_step(
+                each.init_state(seed=0, params=expected[0][0].params), _on_mesh(each, given)
+            )
+        )
+        for each, given in ((subject, keyed), (sharded, augmented))
+    ]
+    _assert_close(*results, rtol=1e-5, atol=1e-6)
+    # Rows are augmented where they lie: devices tell each other no more than without.
+    counts = {len(re.findall(COLLECTIVES, each.compiled_train_step.as_text()))
+              for each in (subject, sharded)}  # fmt: skip
+    assert len(counts) == 1 and counts.pop() > 0
+
+
+def test_microbatches_are_parts_of_the_augmented_batch(model, tiny_batch):
+    """Traced, not run: whatever the number of parts, all images are augmented, once."""
+    batch = {**tiny_batch(), "augment_keys": jnp.zeros((16, 2), jnp.uint32)}
+    seen = []
+
+    def augment(images, keys):
+        seen.append((images.shape, keys.shape))
+        return images
+
+    for parts in (1, 4):
+        options = {"num_devices": 1, "num_microbatches": parts, "augment": augment}
+        assert _make_trainer(batch, model, **options).traced_train_step
+    assert seen == [((16, 16, 16, 3), (16, 2))] * 2
 
 
 def test_evaluation_is_the_model_without_masks(trainers, tiny_model, tiny_batch, expected):

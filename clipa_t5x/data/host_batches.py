@@ -5,6 +5,7 @@ its decoder finds broken leaves a gap in the stream; what is here notices by the
 and fills it with a stand-in that is the same for every process and after every restart.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,15 @@ _READ_TOGETHER = 256
 
 
 def train(cfg: Any, rows: np.ndarray, first_sample: int) -> Iterator[HostBatch]:
-    """Endless batches of `rows` (int64 [n]) of the global batches from `first_sample` on."""
+    """Endless batches of `rows` (int64 [n]) of the global batches from `first_sample` on.
+
+    They carry 'augment_keys', uint32 [n, 2], for what is drawn on the accelerator.
+    """
     stream = _Stream(cfg, rows, first_sample)
-    step = 0
-    while True:
-        yield stream.take(first_sample + step * cfg.batch_size + rows)
-        step += 1
+    for step in itertools.count():
+        indices = first_sample + step * cfg.batch_size + rows
+        keys = preprocessors.augment_keys(cfg.seed, tf.constant(indices)).numpy()
+        yield {**stream.take(indices), "augment_keys": keys}
 
 
 def evaluation(cfg: Any, rows: np.ndarray, count: int) -> Iterator[HostBatch]:

@@ -104,7 +104,8 @@ def _mend(data: bytes, max_pixels: int) -> ImageFile:
         except Image.DecompressionBombError as error:
             raise BadRecord("too many pixels", str(error)) from error
         except Exception as error:  # Pillow's plugins raise whatever they stumble over.
-            raise BadRecord("not an image", type(error).__name__) from error
+            reason = "truncated image" if "truncated" in str(error).lower() else "not an image"
+            raise BadRecord(reason, f"{type(error).__name__} in the header") from error
         _check_size(image.height, image.width, max_pixels)
         kind = _kind(image)
         try:

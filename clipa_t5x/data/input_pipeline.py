@@ -30,7 +30,7 @@ def keep_accelerators_for_jax() -> None:
 
 
 # What goes to devices; captions and the like stay with the host.
-DEVICE_FEATURES = ("images", "text", "label", "weights")
+DEVICE_FEATURES = ("images", "text", "label", "weights", "augment_keys")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class DatasetConfig:
         return {
             "images": jax.ShapeDtypeStruct((self.batch_size, size, size, 3), np.uint8),
             "text": jax.ShapeDtypeStruct((self.batch_size, length), np.int32),
+            "augment_keys": jax.ShapeDtypeStruct((self.batch_size, 2), np.uint32),
         }
 
     def check(self) -> None:

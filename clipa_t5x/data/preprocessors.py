@@ -14,14 +14,11 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from clipa_t5x.data import image_files, text_reduction, vocabularies
+from clipa_t5x.data import image_files, splitmix, text_reduction, vocabularies
 
 # One call per core. Left to tf.data's autotuning, an iterator is deleted only when its tuning
 # thread next wakes, which after a minute of training takes as long again.
-NUM_CORES = (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-)
-NUM_PARALLEL_CALLS = NUM_CORES
+NUM_PARALLEL_CALLS = os.cpu_count() or 1
 
 # For functions that datasets map: autograph would read the source of all they call, seconds at
 # every start, to find no Python loop or branch over tensors in it.
@@ -36,6 +33,8 @@ ImagePreprocessor = Callable[[tf.Tensor, tf.Tensor, int, tf.Tensor], tf.Tensor]
 _RATIOS = (1, 2, 4, 8)
 # Captions are tokenised so many at a time, seven times faster than one by one.
 _TOKENIZED_TOGETHER = 256
+# What no one needs of an example once its image is decoded.
+_USED_UP = ("encoded_image", "image_size", "seed")
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -83,7 +82,8 @@ def scaled_decode(encoded: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
 
     def jpeg_at(ratio: int) -> Callable[[], tf.Tensor]:
         def read() -> tf.Tensor:
-            first, last = box[:2] // ratio, -(-(box[:2] + box[2:]) // ratio)
+            # The nearest whole pixels: at a half, a crop is moved by no more than one of its own.
+            first, last = (box[:2] + ratio // 2) // ratio, (box[:2] + box[2:]) // ratio
             window = tf.concat([first, last - first], axis=0)
             return tf.image.decode_and_crop_jpeg(encoded, window, channels=3, ratio=ratio)
 
@@ -153,6 +153,15 @@ def center_crop(encoded: tf.Tensor, image_size: tf.Tensor, size: int, seed: tf.T
     image = resize(image, scaled[0], scaled[1])
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return tf.image.crop_to_bounding_box(image, top, left, size, size)
+
+
+def augment_keys(seed: int, indices: tf.Tensor) -> tf.Tensor:
+    """Keys of what is drawn on the accelerator, from a seed and samples' global indices.
+
+    int64 [n] to uint32 [n, 2], key data of `jax.random`'s threefry.
+    """
+    seeds = tf.stack([tf.fill(tf.shape(indices), tf.constant(seed, tf.int64)), indices], axis=1)
+    return tf.bitcast(splitmix.keys(seeds), tf.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +272,7 @@ def decode_images(
         image = image_preprocessor(
             example["encoded_image"], example["image_size"], size, example["seed"]
         )
-        passed = {k: v for k, v in example.items() if k not in ("encoded_image", "image_size")}
+        passed = {k: v for k, v in example.items() if k not in _USED_UP}
         return {**passed, "images": tf.ensure_shape(image, [size, size, 3])}
 
     return examples.map(

@@ -16,6 +16,13 @@ def mix(x: tf.Tensor) -> tf.Tensor:
     return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(31, tf.uint64)))
 
 
+def keys(seeds: tf.Tensor) -> tf.Tensor:
+    """A word of each seed, int64 [n, 2] to uint64 [n], that depends on every bit of it."""
+    gamma = tf.constant(GAMMA, tf.uint64)
+    words = tf.bitcast(seeds, tf.uint64)
+    return mix(mix(words[:, 0] + gamma) + words[:, 1] * gamma)
+
+
 def uniform(seeds: tf.Tensor, count: tf.Tensor | int) -> tf.Tensor:
     """The first `count` numbers of each seed's sequence.
 
@@ -27,8 +34,6 @@ def uniform(seeds: tf.Tensor, count: tf.Tensor | int) -> tf.Tensor:
       float64 [n, count], multiples of 2^-53 in [0, 1).
     """
     gamma = tf.constant(GAMMA, tf.uint64)
-    words = tf.bitcast(seeds, tf.uint64)
-    keys = mix(mix(words[:, 0] + gamma) + words[:, 1] * gamma)
     steps = tf.cast(tf.range(1, tf.cast(count, tf.int64) + 1), tf.uint64) * gamma
-    bits = tf.bitwise.right_shift(mix(keys[:, None] + steps), tf.constant(11, tf.uint64))
+    bits = tf.bitwise.right_shift(mix(keys(seeds)[:, None] + steps), tf.constant(11, tf.uint64))
     return tf.cast(tf.bitcast(bits, tf.int64), tf.float64) * 2.0**-53

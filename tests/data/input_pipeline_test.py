@@ -1,3 +1,4 @@
+import itertools
 import json
 import threading
 
@@ -9,7 +10,8 @@ import tiny_records
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipa_t5x import partitioning
-from clipa_t5x.data import input_pipeline, preprocessors, record_writer
+from clipa_t5x.data import host_batches as host_batches_lib
+from clipa_t5x.data import input_pipeline, preprocessors, record_writer, splitmix, tasks
 from clipa_t5x.errors import UserError
 
 COUNT, BATCH = 13, 8
@@ -50,8 +52,8 @@ LAYOUTS = [(1, 1), (8, 1), (8, 2), (8, 8)]
 
 
 def host_batches(cfg, rows, first_sample, count):
-    ds = input_pipeline._dataset(cfg, np.asarray(rows), first_sample, None)
-    return list(ds.take(count).as_numpy_iterator())
+    batches = host_batches_lib.train(cfg, np.asarray(rows), first_sample)
+    return list(itertools.islice(batches, count))
 
 
 def assert_same(a, b):
@@ -68,6 +70,7 @@ def test_batch_spec_is_what_comes(task):
     spec = cfg.batch_spec()
     assert spec["images"] == jax.ShapeDtypeStruct((BATCH, 16, 16, 3), np.uint8)
     assert spec["text"] == jax.ShapeDtypeStruct((BATCH, 8), np.int32)
+    assert spec["augment_keys"] == jax.ShapeDtypeStruct((BATCH, 2), np.uint32)
     (batch,) = host_batches(cfg, range(BATCH), 0, 1)
     for key, expected in spec.items():
         assert (batch[key].shape, batch[key].dtype) == (expected.shape, expected.dtype)
@@ -148,12 +151,13 @@ def test_to_global_is_the_hosts_data(num_devices, model):
         "text": rng.integers(0, 99, (16, 8)).astype(np.int32),
         "label": np.arange(16, dtype=np.int32),
         "weights": rng.random(16).astype(np.float32),
+        "augment_keys": rng.integers(0, 2**32, (16, 2), np.uint32),
         "caption": np.array([b"a"] * 16, object),
         "index": np.arange(16),
     }
     where = layout(num_devices, model)
     batch = where.to_global(host_batch, 16)
-    assert batch.keys() == {"images", "text", "label", "weights"}
+    assert batch.keys() == {"images", "text", "label", "weights", "augment_keys"}
     for key, value in batch.items():
         assert value.sharding == where.sharding
         assert value.dtype == host_batch[key].dtype
@@ -200,6 +204,23 @@ def test_seeds_change_order_and_crops(pictures):
     assert sorted(a["label"]) == sorted(c["label"]) == sorted(d["label"])
 
 
+def test_keys_are_of_the_seed_and_the_sample_alone(pictures, batches):
+    """Whatever process, start and batch size: as index by index, without a pipeline."""
+    for seed in (0, 1):
+        cfg = tiny_records.config(pictures, seed=seed)
+        (batch,) = host_batches(cfg, [1, 2, 7], 5 * BATCH, 1)
+        indices = [5 * BATCH + row for row in (1, 2, 7)]
+        assert batch["index"].tolist() == indices
+        seeds = tf.constant([(seed, index) for index in indices], tf.int64)
+        words = splitmix.keys(seeds).numpy()
+        expected = np.stack([words & np.uint64(2**32 - 1), words >> np.uint64(32)], axis=1)
+        np.testing.assert_array_equal(batch["augment_keys"], expected)
+        assert seed or np.array_equal(expected, batches[5]["augment_keys"][[1, 2, 7]])
+    keys = np.concatenate([batch["augment_keys"] for batch in batches])
+    assert len(np.unique(keys, axis=0)) == 6 * BATCH
+    assert keys.dtype == np.uint32
+
+
 # Training.
 
 
@@ -229,7 +250,7 @@ def test_train_iterator_goes_on_where_its_state_says(task, iterators):
     second = iterators(cfg, layout(8, 2), input_pipeline.resume_position(cfg, state))
     for batch in following:
         again = next(second)
-        assert again.keys() == {"images", "text", "label"}
+        assert again.keys() == {"images", "text", "label", "augment_keys"}
         assert_same(again, batch)
     assert second.state() == first.state()
     expected = host_batches(cfg, range(BATCH), 0, 1)[0]
@@ -237,20 +258,22 @@ def test_train_iterator_goes_on_where_its_state_says(task, iterators):
 
 
 @pytest.mark.parametrize("change", [
-    {"seed": 1}, {"shuffle": False}, {"split": "other"}, {"num_examples": 14},
+    {"seed": 1}, {"shuffle": False}, {"split": "other"}, {"num_examples": 14}, {"num_shards": 4},
+    {"shards_digest": "0123456789abcdef"}, {"window_records": 5},
 ])  # fmt: skip
-def test_other_data_are_not_a_continuation(task, change):
+def test_other_data_are_not_a_continuation(task, change, iterators):
     cfg = tiny_records.config(task)
-    state = {"next_sample": 16, "seed": 0, "shuffle": True, "split": "train",
-             "num_examples": COUNT}  # fmt: skip
+    state = iterators(cfg, layout(1), first_sample=16).state()
     assert input_pipeline.resume_position(cfg, state) == 16
     with pytest.raises(UserError) as caught:
         input_pipeline.resume_position(cfg, {**state, **change})
     message = str(caught.value)
     ((key, value),) = change.items()
-    assert f"{key} {value} -> {state[key]}" in message
-    assert "INITIAL_CHECKPOINT_PATH" in message
+    assert f"({key} {value} -> {state[key]})" in message
+    assert "INITIAL_CHECKPOINT_PATH" in message and "ACCEPT_DATA_CHANGES" in message
     assert "\n" not in message
+    accepting = tiny_records.config(task, accept_changes=True)
+    assert input_pipeline.resume_position(accepting, {**state, **change}) == 16
 
 
 def test_a_larger_batch_continues_at_the_same_sample(pictures, batches, iterators):
@@ -277,17 +300,41 @@ def test_close_ends_the_thread(pictures, taken):
     assert names().count("train-data") == before
 
 
-def test_a_broken_image_ends_the_iteration_instead_of_hanging(tmp_path, iterators):
+def spoil(tmp_path, bad, num_shards=1):
+    """Shards of which the records `bad` are no images."""
     records = tiny_records.records(COUNT)
-    records[6] = record_writer.serialize({"jpg": b"\xff\xd8\xffgarbage", "txt": "a", "label": 0})
-    record_writer.write_shards(tmp_path / "train", records, 1)
-    name = tiny_records.task("pipeline_test_broken", tmp_path, vocabulary=None)
-    iterator = iterators(tiny_records.config(name, 4, shuffle=False), layout(1))
-    next(iterator)
+    for i in bad:
+        records[i] = record_writer.serialize({"jpg": b"no image", "txt": "a", "label": 0})
+    record_writer.write_shards(tmp_path / "train", records, num_shards)
+    return tiny_records.task("pipeline_test_broken", tmp_path, vocabulary=None)
+
+
+def test_statistics_tell_of_bad_records_and_of_speed(tmp_path, iterators):
+    iterator = iterators(tiny_records.config(spoil(tmp_path, [3]), 4), layout(1))
+    for _ in range(20):
+        batch = next(iterator)
+        assert batch["images"].shape == (4, 16, 16, 3)
+    statistics = iterator.statistics()
+    assert statistics["data/bad/not_an_image"] >= 1
+    assert statistics["data/supplied_per_core"] > 0
+
+
+def test_too_many_bad_records_end_the_iteration_with_the_reasons(tmp_path, iterators):
+    cfg = tiny_records.config(spoil(tmp_path, range(0, COUNT, 2)), 64, max_bad_fraction=0.3)
+    iterator = iterators(cfg, layout(1))
+    for _ in range(2):  # whoever asks again hears it again
+        with pytest.raises(UserError, match="records are bad .*not an image.*MAX_BAD_FRACTION"):
+            for _ in range(100):
+                next(iterator)
+
+
+def test_an_error_of_the_source_is_raised(directory, iterators, monkeypatch):
+    name = tiny_records.task("pipeline_test_failing", directory, vocabulary=None)
+    monkeypatch.setattr(tasks.get_source(name), "examples_at", lambda *_, **__: 1 / 0)
+    iterator = iterators(tiny_records.config(name), layout(1))
     for _ in range(2):
-        with pytest.raises(tf.errors.InvalidArgumentError):
+        with pytest.raises(ZeroDivisionError):
             next(iterator)
-    assert iterator.state()["next_sample"] == 4
 
 
 # Evaluation.
@@ -320,3 +367,10 @@ def test_an_evaluation_sees_each_example_once(directory):
     order = [*range(0, COUNT, 3), *range(1, COUNT, 3), *range(2, COUNT, 3)]
     expected = [tiny_records.picture(i)[..., 0].mean() for i in order]
     np.testing.assert_allclose(means, expected, atol=3)
+
+
+def test_bad_records_do_not_count_in_an_evaluation(tmp_path):
+    cfg = tiny_records.config(spoil(tmp_path, [3, 12]), 5, shuffle=False)
+    weights = np.concatenate([host["weights"] for host, _ in
+                              input_pipeline.eval_batches(cfg, layout(1))])  # fmt: skip
+    assert np.flatnonzero(weights == 0).tolist() == [3, 12, 13, 14]

@@ -6,13 +6,23 @@ import tensorflow as tf
 import tiny_records
 from PIL import Image
 
-from clipa_t5x.data import preprocessors, record_writer
+from clipa_t5x.data import preprocessors
 
 
 def png(image):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return tf.constant(buffer.getvalue())
+
+
+def size_of(encoded):
+    image = Image.open(io.BytesIO(encoded.numpy()))
+    return tf.constant([image.height, image.width])
+
+
+def apply(preprocess, encoded, size, seed, **kwargs):
+    """As a task does, which knows every image's size before it is decoded."""
+    return preprocess(encoded, size_of(encoded), size, seed, **kwargs)
 
 
 def seed(*values):
@@ -37,7 +47,7 @@ def test_every_preprocessor_gives_a_square(shape, size):
         preprocessors.center_crop,
         preprocessors.inception_crop,
     ):
-        image = preprocess(png(ramp(*shape)), size, seed()).numpy()
+        image = apply(preprocess, png(ramp(*shape)), size, seed()).numpy()
         assert (image.shape, image.dtype) == ((size, size, 3), np.uint8)
         assert set(np.unique(image[..., 2])) <= {127, 128}  # truncated
 
@@ -45,12 +55,12 @@ def test_every_preprocessor_gives_a_square(shape, size):
 def test_nothing_happens_to_an_image_of_the_right_size():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
     for preprocess in (preprocessors.squash, preprocessors.center_crop):
-        np.testing.assert_array_equal(preprocess(png(image), 16, seed()), image)
+        np.testing.assert_array_equal(apply(preprocess, png(image), 16, seed()), image)
 
 
 @pytest.mark.parametrize("shape", [(40, 100), (100, 40), (64, 64)])
 def test_squash_takes_the_whole_image(shape):
-    image = preprocessors.squash(png(ramp(*shape)), 16, seed()).numpy().astype(float)
+    image = apply(preprocessors.squash, png(ramp(*shape)), 16, seed()).numpy().astype(float)
     centres = (np.arange(16) + 0.5) / 16 * 255
     assert np.abs(image[8, :, 0] - centres).max() < 4
     assert np.abs(image[:, 8, 1] - centres).max() < 4
@@ -58,7 +68,7 @@ def test_squash_takes_the_whole_image(shape):
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
 def test_center_crop_takes_the_middle_third(shape):
-    image = preprocessors.center_crop(png(ramp(*shape)), 16, seed()).numpy().astype(float)
+    image = apply(preprocessors.center_crop, png(ramp(*shape)), 16, seed()).numpy().astype(float)
     long, short = (0, 1) if shape[1] > shape[0] else (1, 0)
     image = image if long == 0 else image.transpose(1, 0, 2)
     assert np.abs(image[8, :, long] - (np.arange(16) + 16.5) / 48 * 255).max() < 4
@@ -88,11 +98,13 @@ def crop_box(image):
 def test_inception_crop_keeps_to_its_bounds(bounds):
     low, high = bounds
     encoded = png(ramp(200, 240))
+    whole = size_of(encoded)
 
     def crop(i):
         return preprocessors.inception_crop(
-            encoded, 32, tf.stack([tf.constant(0, tf.int64), i]), min_area=low, max_area=high
-        )
+            encoded, whole, 32, tf.stack([tf.constant(0, tf.int64), i]), min_area=low,
+            max_area=high,
+        )  # fmt: skip
 
     crops = tf.map_fn(crop, tf.range(150, dtype=tf.int64), tf.uint8).numpy()
     boxes = np.array([crop_box(image) for image in crops])
@@ -108,11 +120,11 @@ def test_inception_crop_keeps_to_its_bounds(bounds):
 def test_inception_crop_is_a_function_of_the_seed():
     encoded = png(ramp(64, 64))
     crops = {
-        s: preprocessors.inception_crop(encoded, 16, seed(*s)).numpy()
+        s: apply(preprocessors.inception_crop, encoded, 16, seed(*s)).numpy()
         for s in [(0, 0), (0, 1), (1, 0), (0, 2**40), (7, 123)]
     }
     for s, crop in crops.items():
-        again = preprocessors.inception_crop(encoded, 16, seed(*s)).numpy()
+        again = apply(preprocessors.inception_crop, encoded, 16, seed(*s)).numpy()
         np.testing.assert_array_equal(again, crop)
     assert len({crop.tobytes() for crop in crops.values()}) == len(crops)
 
@@ -121,9 +133,10 @@ def test_the_same_crop_inside_a_dataset():
     encoded = png(ramp(64, 64))
     seeds = [(0, i) for i in range(8)]
     ds = tf.data.Dataset.from_tensor_slices(tf.constant(seeds, tf.int64))
-    ds = ds.map(lambda s: preprocessors.inception_crop(encoded, 16, s), num_parallel_calls=4)
+    whole = size_of(encoded)
+    ds = ds.map(lambda s: preprocessors.inception_crop(encoded, whole, 16, s), num_parallel_calls=4)
     for s, crop in zip(seeds, ds.as_numpy_iterator(), strict=True):
-        expected = preprocessors.inception_crop(encoded, 16, seed(*s))
+        expected = apply(preprocessors.inception_crop, encoded, 16, seed(*s))
         np.testing.assert_array_equal(crop, expected)
 
 
@@ -159,41 +172,74 @@ def test_encode_png_keeps_every_pixel():
     np.testing.assert_array_equal(decoded, image)
 
 
-def parse(record, **keys):
-    example = {"record": record, "index": tf.constant(5, tf.int64), "seed": seed(1, 2)}
-    keys = {"image_key": "jpg", "caption_key": "txt", "label_key": None, **keys}
-    return preprocessors.parse_record(example, **keys)
+# Scaled decoding.
 
 
-def test_parse_record_takes_what_was_written():
-    record = record_writer.serialize({"jpg": b"bytes", "txt": "été", "label": 3, "width": 8})
-    parsed = parse(record, label_key="label")
-    assert parsed.keys() == {"encoded_image", "caption", "label", "index", "seed"}
-    assert parsed["encoded_image"] == b"bytes"
-    assert parsed["caption"].numpy().decode() == "été"
-    assert (parsed["label"].dtype, int(parsed["label"])) == (tf.int32, 3)
-    assert int(parsed["index"]) == 5
-    assert parsed["seed"].numpy().tolist() == [1, 2]
+def photo(height, width, seed=0):
+    """Something with the spectrum of a photograph, uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    waves = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
+    waves[0, 0] = 1
+    planes = []
+    for _ in range(3):
+        spectrum = np.fft.fft2(rng.normal(size=(height, width))) / waves**1.3
+        plane = np.fft.ifft2(spectrum).real
+        planes.append((plane - plane.mean()) / plane.std() * 50 + 120)
+    return np.clip(np.stack(planes, -1), 0, 255).astype(np.uint8)
 
 
-def test_parse_record_of_other_fields():
-    record = record_writer.serialize({"image": b"bytes", "caption": "a"})
-    parsed = parse(record, image_key="image", caption_key="caption")
-    assert (parsed["encoded_image"].numpy(), parsed["caption"].numpy()) == (b"bytes", b"a")
-    assert "caption" not in parse(record, image_key="image", caption_key=None)
+def psnr(a, b):
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 10 * np.log10(255**2 / error)
 
 
-def test_a_missing_caption_is_empty():
-    assert parse(record_writer.serialize({"jpg": b"x"}))["caption"] == b""
+def jpeg(image, **kwargs):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95, **kwargs)
+    return tf.constant(buffer.getvalue())
 
 
-@pytest.mark.parametrize("features, keys, name", [
-    ({"txt": "a"}, {}, "jpg"),
-    ({"jpg": b"x"}, {"label_key": "label"}, "label"),
-])  # fmt: skip
-def test_a_missing_image_or_label_is_an_error(features, keys, name):
-    with pytest.raises(tf.errors.InvalidArgumentError, match=name):
-        parse(record_writer.serialize(features), **keys)
+@pytest.mark.parametrize("kwargs", [{}, {"subsampling": 0}, {"progressive": True}])
+@pytest.mark.parametrize("scale, least", [(1.5, 38), (2.2, 35), (5, 35), (9.5, 35)])
+def test_scaled_decoding_is_close_to_full_decoding(scale, least, kwargs):
+    """Whatever fraction is decoded; and at the same place, or the likeness would be much less.
+
+    The box is of whole pixels at every fraction: others are rounded to such.
+    """
+    size = 48
+    sides = [int(size * scale) // 8 * 8, int(1.1 * size * scale) // 8 * 8]
+    encoded = jpeg(photo(sides[0] + 40, sides[1] + 40), **kwargs)
+    box = tf.constant([8, 24, *sides])
+    full = preprocessors.full_decode(encoded, box, size).numpy()
+    scaled = preprocessors.scaled_decode(encoded, box, size).numpy()
+    assert psnr(full, scaled) > least
+    moved = preprocessors.full_decode(encoded, box + [int(scale), 0, 0, 0], size).numpy()
+    assert psnr(full, moved) < least - 4
+
+
+def test_a_box_of_the_right_size_is_copied():
+    for image, encode_fn in ((photo(40, 50), png), (np.full((40, 50, 3), 93, np.uint8), jpeg)):
+        box = tf.constant([5, 9, 16, 16])
+        found = preprocessors.scaled_decode(encode_fn(image), box, 16).numpy()
+        np.testing.assert_array_equal(found, image[5:21, 9:25])
+
+
+def test_grey_jpegs_become_coloured():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 77, np.uint8)).save(buffer, format="JPEG")
+    found = preprocessors.scaled_decode(
+        tf.constant(buffer.getvalue()), tf.constant([0, 0, 64, 64]), 16
+    )
+    np.testing.assert_array_equal(found, np.full((16, 16, 3), 77))
+
+
+@pytest.mark.parametrize("decode_fn", [preprocessors.scaled_decode, preprocessors.full_decode])
+def test_a_crop_is_of_the_same_place_whatever_the_decoder(decode_fn):
+    image = ramp(300, 200)
+    crop = apply(preprocessors.inception_crop, jpeg(image, subsampling=0), 32, seed(4, 5),
+                 decode_fn=decode_fn).numpy()  # fmt: skip
+    plain = apply(preprocessors.inception_crop, png(image), 32, seed(4, 5)).numpy()
+    assert np.abs(crop.astype(float) - plain)[1:-1, 1:-1].mean() < 1.5
 
 
 @pytest.fixture(scope="module")

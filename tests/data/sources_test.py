@@ -1,4 +1,4 @@
-import itertools
+import functools
 
 import numpy as np
 import pytest
@@ -6,100 +6,76 @@ import seqio
 import tensorflow as tf
 import tiny_records
 
-from clipa_t5x.data import record_writer, sources
+from clipa_t5x.data import record_writer, sources, tfrecords
 from clipa_t5x.errors import UserError
 
 COUNT = 13
+ALL = sources.RecordFields("jpg", {"txt": 1.0}, "label")
+
+
+def make(directory, fields=ALL, **kwargs):
+    return sources.ImageTextSource(str(directory), tfrecords.TFRecord(), fields, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     tiny_records.write(root, COUNT)
-    record_writer.write_shards(root / "validation", [b"x"], 1)
+    record_writer.write_shards(root / "validation", tiny_records.records(2), 1)
     return root
 
 
 @pytest.fixture(scope="module")
 def source(directory):
-    return sources.TFRecordSource(str(directory))
+    return make(directory)
 
 
 @pytest.fixture(scope="module")
 def stored(source):
-    """The split's records in the order of their shards, as TensorFlow reads them."""
-    return [r.numpy() for r in tf.data.TFRecordDataset(source.list_shards("train"))]
+    """Captions and images in the order of the shards, as TensorFlow reads them."""
+    records = tf.data.TFRecordDataset(source.list_shards("train"))
+    features = [tf.train.Example.FromString(r.numpy()).features.feature for r in records]
+    return [(f["jpg"].bytes_list.value[0], f["txt"].bytes_list.value[0]) for f in features]
 
 
-def at(source, indices, *, split="train", **kwargs):
+def at(source, indices, split="train", **kwargs):
     kwargs = {"shuffle": True, "seed": 0, **kwargs}
-    examples = source.examples_at(split, tf.constant(indices, tf.int64), **kwargs)
-    return {key: value.numpy() for key, value in examples.items()}
+    return source.examples_at(split, np.asarray(list(indices), np.int64), **kwargs)
+
+
+def pairs(examples):
+    return list(zip(examples["encoded_image"], examples["caption"], strict=True))
 
 
 def listed(dataset):
     return list(dataset.as_numpy_iterator())
 
 
-def test_unshuffled_order_is_the_shards(source, stored):
+def test_examples_are_the_records_fields(source, stored):
     examples = at(source, range(2 * COUNT), shuffle=False)
-    assert examples["record"].tolist() == stored * 2
+    assert pairs(examples) == stored * 2
     assert examples["index"].tolist() == list(range(2 * COUNT))
+    assert examples["image_size"].tolist() == [[24, 32]] * 2 * COUNT
+    assert examples["valid"].all() and examples["label"].dtype == np.int32
+    assert sorted(examples) == sorted(source.feature_names())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**40, 2**63 - 1, -3])
-def test_every_epoch_is_another_permutation(source, stored, seed):
-    records = at(source, range(4 * COUNT), seed=seed)["record"].tolist()
-    epochs = [records[i : i + COUNT] for i in range(0, len(records), COUNT)]
+def test_features_are_those_that_were_asked_for(directory):
+    names = make(directory, sources.RecordFields()).feature_names()
+    assert {"caption", "label"}.isdisjoint(names) and "encoded_image" in names
+
+
+def test_epochs_are_permutations(source, stored):
+    found = pairs(at(source, range(3 * COUNT)))
+    epochs = [found[i : i + COUNT] for i in range(0, len(found), COUNT)]
     for epoch in epochs:
-        assert sorted(epoch) == sorted(stored)
-    for a, b in itertools.combinations([*epochs, stored], 2):
-        assert a != b
+        assert sorted(epoch) == sorted(stored) and epoch != stored
+    assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 255, 257, 1000])
-def test_permutations_of_any_length(tmp_path, count):
-    record_writer.write_shards(tmp_path / "train", [b"%d" % i for i in range(count)], 2)
-    source = sources.TFRecordSource(str(tmp_path))
-    records = at(source, range(5 * count))["record"].astype(int).reshape(5, count)
-    np.testing.assert_array_equal(np.sort(records), np.tile(np.arange(count), (5, 1)))
-
-
-def test_permutations_look_random(tmp_path):
-    """Every record comes at every place about as often, after every other about as often."""
-    count, epochs = 8, 500
-    record_writer.write_shards(tmp_path / "train", [b"%d" % i for i in range(count)], 1)
-    source = sources.TFRecordSource(str(tmp_path))
-    records = at(source, range(count * epochs))["record"].astype(int).reshape(epochs, count)
-    for position in range(count):
-        found = np.bincount(records[:, position], minlength=count)
-        # Binomial(500, 1/8) has mean 62.5 and deviation 7.4: five of them.
-        assert np.abs(found - epochs / count).max() < 37
-    pairs = np.zeros((count, count))
-    np.add.at(pairs, (records[:, :-1].ravel(), records[:, 1:].ravel()), 1)
-    assert pairs[~np.eye(count, dtype=bool)].min() > 0.5 * pairs.sum() / (count * (count - 1))
-
-
-def test_neighbours_part(tmp_path):
-    """No step from one record to the next is much more frequent than a random order's."""
-    count = 1000
-    record_writer.write_shards(tmp_path / "train", [b"%d" % i for i in range(count)], 1)
-    source = sources.TFRecordSource(str(tmp_path))
-    records = at(source, range(8 * count))["record"].astype(int).reshape(8, count)
-    frequency = np.unique(np.diff(records), return_counts=True)[1]
-    assert frequency.max() < 30  # 8 expected of the commonest
-    for a, b in itertools.combinations(records, 2):
-        assert np.sum(a == b) < 10  # 1 expected
-
-
-def test_seeds_differ(source):
-    seeds = [0, 1, 2, 3, -1, 2**32, 2**40]
-    orders = [at(source, range(COUNT), seed=seed)["record"].tolist() for seed in seeds]
-    for a, b in itertools.combinations(orders, 2):
-        assert a != b
-
-
-def test_an_example_is_a_function_of_its_index_alone(source):
+@pytest.mark.parametrize("window_bytes", [sources.DEFAULT_WINDOW_BYTES, 4000])
+def test_an_example_is_a_function_of_its_index_alone(directory, window_bytes):
+    source = make(directory, window_bytes=window_bytes)
     whole = at(source, range(50), seed=7)
     for chosen in ([3], [49, 0, 17], range(20, 40)):
         part = at(source, chosen, seed=7)
@@ -107,15 +83,16 @@ def test_an_example_is_a_function_of_its_index_alone(source):
             np.testing.assert_array_equal(value, whole[key][list(chosen)])
 
 
+def test_a_small_window_takes_shard_after_shard(directory):
+    source = make(directory, window_bytes=4000)
+    assert 1 <= source.identity("train")["window_records"] < COUNT
+    captions = at(source, range(COUNT))["caption"]
+    assert sorted(captions) == sorted(tiny_records.caption(i).encode() for i in range(COUNT))
+
+
 def test_samples_have_seeds_of_their_own(source):
     seeds = np.concatenate([at(source, range(60), seed=seed)["seed"] for seed in (0, 1)])
     assert len(np.unique(seeds, axis=0)) == 120
-
-
-def test_far_positions_are_as_near_as_the_first(source, stored):
-    first = 10**15 // COUNT * COUNT
-    records = at(source, range(first, first + COUNT))["record"].tolist()
-    assert sorted(records) == sorted(stored)
 
 
 def test_get_dataset_is_the_same_sequence(source):
@@ -133,8 +110,8 @@ def test_get_dataset_ends_after_its_epochs(source, num_epochs):
 
 
 def test_get_dataset_without_number_of_epochs_goes_on(source):
-    examples = source.get_dataset("train", shuffle=False, num_epochs=None).take(500)
-    assert [e["index"] for e in listed(examples)] == list(range(500))
+    examples = source.get_dataset("train", shuffle=False, num_epochs=None).take(200)
+    assert [e["index"] for e in listed(examples)] == list(range(200))
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 20])
@@ -143,66 +120,128 @@ def test_shards_of_the_job_are_disjoint_and_complete(source, num_shards):
         listed(source.get_dataset("train", True, 3, seqio.ShardInfo(i, num_shards), num_epochs=2))
         for i in range(num_shards)
     ]
-    indices = [int(e["index"]) for part in parts for e in part]
-    assert sorted(indices) == list(range(2 * COUNT))
-    records = {int(e["index"]): e["record"] for part in parts for e in part}
-    whole = at(source, range(2 * COUNT), seed=3)["record"].tolist()
-    assert [records[i] for i in range(2 * COUNT)] == whole
+    found = {int(e["index"]): e["encoded_image"] for part in parts for e in part}
+    assert sorted(found) == list(range(2 * COUNT))
+    whole = at(source, range(2 * COUNT), seed=3)["encoded_image"].tolist()
+    assert [found[i] for i in range(2 * COUNT)] == whole
 
 
 def test_splits_are_patterns(directory):
-    assert sources.TFRecordSource(str(directory)).num_input_examples("validation") == 1
-    part = sources.TFRecordSource(str(directory), {"half": "train/0000[01].tfrecord"})
+    assert make(directory).num_input_examples("validation") == 2
+    part = make(directory, splits={"half": "train/0000[01].tfrecord"})
     assert part.splits == ("half",)
     assert part.num_input_examples("half") == 5 + 4
-    assert [p.rsplit("/", 1)[1] for p in part.list_shards("half")] == [
-        "00000.tfrecord",
-        "00001.tfrecord",
-    ]
 
 
 def test_the_index_lies_where_the_user_says(directory, tmp_path):
-    source = sources.TFRecordSource(str(directory), index_dir=str(tmp_path / "there"))
+    source = make(directory, index_dir=str(tmp_path / "there"))
     assert source.num_input_examples("train") == COUNT
     assert {p.name for p in (tmp_path / "there").iterdir()} == {"train.json", "train.npy"}
 
 
 def test_nothing_is_read_before_it_is_needed():
-    source = sources.TFRecordSource("/nowhere/at/all")
-    assert set(source.splits) == {"train", "validation"}
+    assert set(make("/nowhere/at/all").splits) == {"train", "validation"}
 
 
-@pytest.mark.parametrize("make, parts", [
-    (lambda d: (d / "absent", None, "train"), ["does not exist", "DATA_DIR"]),
-    (lambda d: (d, {"train": "nothing/*"}, "train"), ["has no shards", "nothing/*", "DATA_DIR"]),
-    (lambda d: (d, None, "test"), ["split 'test'", "['train', 'validation']"]),
-])  # fmt: skip
-def test_what_is_not_there_is_named(directory, make, parts):
-    path, splits, split = make(directory)
-    source = sources.TFRecordSource(str(path), splits)
+def refusal(call):
     with pytest.raises(UserError) as caught:
-        source.num_input_examples(split)
+        call()
     message = str(caught.value)
     assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("build, parts", [
+    (lambda d: (d / "absent", None, "train"), ["does not exist", "DATA_DIR"]),
+    (lambda d: (d, {"train": "none/*"}, "train"), ["it holds", "train", "none/*", "DATA_DIR"]),
+    (lambda d: (d, None, "test"), ["split 'test'", "['train', 'validation']"]),
+])  # fmt: skip
+def test_what_is_not_there_is_named(directory, build, parts):
+    path, splits, split = build(directory)
+    message = refusal(lambda: make(path, splits=splits).num_input_examples(split))
     for part in [str(path), *parts]:
         assert part in message
 
 
-def test_a_tfrecord_source_is_positional(source):
+def test_a_source_is_positional(source):
     assert isinstance(source, sources.PositionalSource)
     other = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"])
     assert not isinstance(other, sources.PositionalSource)
 
 
-def test_misspelt_fields_are_refused_before_anything_is_read(tmp_path):
-    tiny_records.write(tmp_path)
-    sources.TFRecordSource(str(tmp_path), fields=["jpg", "txt"]).index("train")
-    source = sources.TFRecordSource(str(tmp_path), fields=["jpg", "caption"])
-    with pytest.raises(UserError, match="no field 'caption'; their fields are .*jpg.*txt"):
-        source.index("train")
+def test_misspelt_fields_are_refused_before_anything_is_read(directory):
+    for fields, name in ((sources.RecordFields("jpg", {"caption": 1.0}), "caption"),
+                         (sources.RecordFields("png;webp"), "png;webp"),
+                         (sources.RecordFields(label="class"), "class")):  # fmt: skip
+        message = refusal(functools.partial(make(directory, fields).index, "train"))
+        assert f"no field {name!r}; their fields are height, jpg, key, label, txt, width" in message
+    make(directory, sources.RecordFields("png;jpg")).index("train")
 
 
-def test_records_of_another_kind_are_refused(tmp_path):
-    record_writer.write_shards(tmp_path / "train", [b"\xffno example"] * 3, 1)
-    with pytest.raises(UserError, match="no tf.train.Example"):
-        sources.TFRecordSource(str(tmp_path), fields=["jpg"]).index("train")
+@pytest.mark.parametrize("content, part", [
+    ([b"\xffno example"] * 3, "no tf.train.Example"), ([], "hold no record"),
+])  # fmt: skip
+def test_data_of_another_kind_are_refused(tmp_path, content, part):
+    (tmp_path / "train").mkdir()
+    with tf.io.TFRecordWriter(str(tmp_path / "train" / "00000.tfrecord")) as writer:
+        for record in content:
+            writer.write(record)
+    assert part in refusal(lambda: make(tmp_path).index("train"))
+
+
+# Bad records.
+
+BAD = {2: {"jpg": b""}, 5: {"jpg": b"\xff\xd8\xffrubbish"}, 7: {"txt": " "}}
+REASONS = {"bad/empty image": 1, "bad/not an image": 1, "bad/empty caption": 1}
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """A split of 13 records in one shard, three of them bad."""
+    records = tiny_records.records(COUNT)
+    for number, features in BAD.items():
+        records[number] = tiny_records.records(number + 1, **features)[number]
+    record_writer.write_shards(tmp_path / "train", records, 1)
+    return make(tmp_path)
+
+
+def test_others_stand_in_for_bad_records(spoilt):
+    examples = at(spoilt, range(COUNT))
+    assert examples["valid"].all()
+    good = {tiny_records.caption(i).encode() for i in range(COUNT) if i not in BAD}
+    assert set(examples["caption"]) <= good
+    assert all(image.startswith(b"\xff\xd8") for image in examples["encoded_image"])
+    counts = spoilt.records.counts()
+    assert counts.keys() == REASONS.keys() and min(counts.values()) >= 1
+
+
+def test_stand_ins_are_functions_of_the_index_alone(spoilt):
+    whole = at(spoilt, range(40), seed=3)
+    for chosen in ([0], [39, 7], range(10, 30)):
+        part = at(spoilt, chosen, seed=3)
+        for key, value in part.items():
+            np.testing.assert_array_equal(value, whole[key][list(chosen)])
+
+
+def test_an_evaluation_marks_what_is_bad(spoilt):
+    examples = at(spoilt, range(COUNT), shuffle=False, replace_bad=False)
+    assert np.flatnonzero(~examples["valid"]).tolist() == sorted(BAD)
+    assert spoilt.records.counts() == REASONS
+    place = spoilt.where("train", 5, shuffle=False, seed=0)
+    assert place.startswith("5 of ") and place.endswith("00000.tfrecord, key '00005'")
+
+
+def test_a_split_of_bad_records_ends_all_the_same(tmp_path):
+    record_writer.write_shards(tmp_path / "train", tiny_records.records(3, jpg=b"x"), 1)
+    source = make(tmp_path)
+    assert not at(source, range(4))["valid"].any()
+    assert source.records.num_bad == 4 * sources.MAX_ATTEMPTS
+
+
+def test_damaged_shards_are_counted(tmp_path):
+    record_writer.write_shards(tmp_path / "train", tiny_records.records(COUNT), 2)
+    path = tmp_path / "train" / "00001.tfrecord"
+    path.write_bytes(path.read_bytes()[:-10])
+    source = make(tmp_path)
+    assert source.num_input_examples("train") == COUNT - 1
+    assert source.records.counts() == {"bad/damaged shard": 1}

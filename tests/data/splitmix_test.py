@@ -26,6 +26,7 @@ def test_uniform_is_the_sequence_of_a_key_of_both_words():
     for (first, second), row in zip(seeds, found, strict=True):
         key = python_mix((first + splitmix.GAMMA) & MASK)
         key = python_mix((key + second * splitmix.GAMMA) & MASK)
+        assert splitmix.keys(tf.constant([(first, second)], tf.int64)).numpy().tolist() == [key]
         expected = [python_mix((key + n * splitmix.GAMMA) & MASK) >> 11 for n in range(1, 5)]
         assert (row * 2.0**53).astype(np.int64).tolist() == expected
 

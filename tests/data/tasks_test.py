@@ -31,10 +31,10 @@ def seqio_examples(name, **kwargs):
 
 def own_examples(name, count=COUNT, first=0, lengths=tiny_records.LENGTHS):
     """The built-in engine's path."""
-    ds = tasks.get_source(name).examples_at(
-        "train", tf.range(first, count, dtype=tf.int64), shuffle=False, seed=0
-    )
-    ds = tf.data.Dataset.from_tensor_slices(ds)
+    source = tasks.get_source(name)
+    examples = source.examples_at("train", np.arange(first, count), shuffle=False, seed=0)
+    given = {name: examples[name] for name in source.feature_names()}
+    ds = tf.data.Dataset.from_tensors(given)
     ds = tasks.get_task(name).preprocess_postcache(ds, lengths)
     return list(feature_converters.convert(ds, lengths)[0].as_numpy_iterator())
 
@@ -44,7 +44,11 @@ def test_seqio_sees_the_same_examples(directory):
     examples, expected = seqio_examples(name), own_examples(name)
     assert len(examples) == len(expected) == COUNT
     for example, wanted in zip(examples, expected, strict=True):
-        assert example.keys() == wanted.keys() == {"images", "text", "index", "label", "caption"}
+        assert (
+            example.keys()
+            == wanted.keys()
+            == {"images", "text", "index", "label", "caption", "valid"}
+        )
         for key in wanted:
             np.testing.assert_array_equal(example[key], wanted[key])
 
@@ -95,13 +99,13 @@ def test_seqio_needs_no_cache(directory):
 
 def test_a_task_without_captions(directory):
     name = tiny_records.task("tasks_test", directory, vocabulary=None)
-    assert set(own_examples(name)[0]) == {"images", "index", "label"}
+    assert set(own_examples(name)[0]) == {"images", "index", "label", "valid"}
     assert set(tasks.get_task(name).output_features) == {"images"}
 
 
 def test_a_task_without_labels(directory):
     name = tiny_records.task("tasks_test", directory, label_key=None)
-    assert set(own_examples(name)[0]) == {"images", "text", "index", "caption"}
+    assert set(own_examples(name)[0]) == {"images", "text", "index", "caption", "valid"}
 
 
 def test_a_second_call_replaces_the_task(directory):
