@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore
 
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.data.shard_formats import Fields, Scan

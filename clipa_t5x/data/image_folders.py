@@ -13,9 +13,9 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.data.image_tables import read_image
@@ -37,25 +37,37 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
 
 
+def _gfile() -> Any:
+    import tensorflow as tf
+
+    return tf.io.gfile
+
+
 def folders(root: str) -> list[str]:
     """Folders that hold images: `root` and all below it but hidden ones, sorted."""
     found = []
-    for path, names, files in os.walk(root) if is_local(root) else tf.io.gfile.walk(root):
+    for path, names, files in os.walk(root) if is_local(root) else _gfile().walk(root):
         names[:] = [name for name in names if not name.startswith(".")]
         if any(map(is_image, files)):
             found.append(path.rstrip("/"))
     return sorted(found)
 
 
-@functools.lru_cache(maxsize=8)
 def _siblings(parent: str) -> list[str]:
     """Names of the folders in a folder, sorted."""
+    # By its time as well, so that thousands of classes are listed once, and a new one is seen.
+    return _folders_in(parent, os.stat(parent).st_mtime_ns if is_local(parent) else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _folders_in(parent: str, time: int) -> list[str]:
+    del time
     if is_local(parent):
-        with os.scandir(parent or ".") as entries:
+        with os.scandir(parent) as entries:
             names = [entry.name for entry in entries if entry.is_dir()]
     else:
-        names = [name.rstrip("/") for name in tf.io.gfile.listdir(parent)
-                 if tf.io.gfile.isdir(os.path.join(parent, name))]  # fmt: skip
+        names = [name.rstrip("/") for name in _gfile().listdir(parent)
+                 if _gfile().isdir(os.path.join(parent, name))]  # fmt: skip
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -78,7 +90,7 @@ class ImageFolder:
 
     def scan(self, path: str) -> Scan:
         """Lists the images of one folder, sorted by name."""
-        names = os.listdir(path) if is_local(path) else tf.io.gfile.listdir(path)
+        names = os.listdir(path) if is_local(path) else _gfile().listdir(path)
         encoded = sorted(os.fsencode(name) for name in names if is_image(name))
         short = [name for name in encoded if len(name) < _NAME_BYTES]
         problem = ""
@@ -87,8 +99,10 @@ class ImageFolder:
         rows = np.zeros((len(short), self.columns), np.int64)
         packed = np.asarray(short, f"S{_NAME_BYTES}")
         rows[:, :_NAME_COLUMNS] = packed.view(np.int64).reshape(-1, _NAME_COLUMNS)
-        parent, own = os.path.split(path.rstrip("/"))
-        rows[:, -1] = _siblings(parent).index(own)
+        parent, own = os.path.split(os.path.abspath(path) if is_local(path) else path.rstrip("/"))
+        neighbours = _siblings(parent)
+        # A root of images without classes may be hidden, and so no neighbour of its own.
+        rows[:, -1] = neighbours.index(own) if own in neighbours else 0
         return Scan(rows, problem)
 
     @contextmanager

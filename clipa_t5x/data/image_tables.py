@@ -1,9 +1,9 @@
 """Tables whose rows name images or hold them: CSV, TSV and parquet, read row by row in place.
 
-Paths of images are relative to the table's folder; absolute ones and gs:// or s3:// URLs do as well:
-the table is the user's own, so it may point anywhere. A row's fields are its columns. The image's
-bytes stand in the field of its column and, unless there is a column of that name, in 'jpg'; its path
-is '__key__'. Columns of the same name are several captions.
+Paths of images are relative to the table's folder; absolute ones and gs:// or s3:// URLs do as
+well: the table is the user's own, so it may point anywhere. A row's fields are its columns. The
+image's bytes stand in the field of its column and, unless there is a column of that name, in 'jpg';
+its path is '__key__'. Columns of the same name are several captions.
 """
 
 import array
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import tensorflow as tf
 
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.data.shard_formats import Fields, Scan
@@ -24,7 +23,7 @@ from clipa_t5x.data.shard_reader import BlockCache, ShardReader, is_local
 from clipa_t5x.data.tfrecords import scan_cache
 from clipa_t5x.errors import UserError
 
-# Column names of images, as OpenCLIP, Hugging Face and img2dataset call them; the first that exists.
+# Columns of images, as OpenCLIP, Hugging Face and img2dataset call them; the first there is.
 IMAGE_COLUMNS = "image;jpg;filepath;file_name;image_path;path"
 _CHUNK_BYTES = 2**22
 # A header is looked for in less: it is read whenever the table is opened.
@@ -54,16 +53,28 @@ def read_image(table: str, path: str) -> bytes:
     full = os.path.join(os.path.dirname(table), path)
     if not path or "\0" in path:
         raise BadRecord("missing image file", f"path {path!r}")
+    if not is_local(full):
+        return _read_remote(full)
     try:
-        if is_local(full):
-            with open(full, "rb") as f:
-                return f.read()
-        with tf.io.gfile.GFile(full, "rb") as f:
+        with open(full, "rb") as f:
             return f.read()
-    except (FileNotFoundError, NotADirectoryError, tf.errors.NotFoundError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BadRecord("missing image file", full) from error
-    except (IsADirectoryError, PermissionError, tf.errors.FailedPreconditionError) as error:
-        raise BadRecord("unreadable image file", f"{full}: {error}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise BadRecord("unreadable image file", str(error)) from error
+
+
+def _read_remote(url: str) -> bytes:
+    """As `read_image`; what else goes wrong is the network's, and no record's fault."""
+    import tensorflow as tf
+
+    try:
+        with tf.io.gfile.GFile(url, "rb") as f:
+            return f.read()
+    except tf.errors.NotFoundError as error:
+        raise BadRecord("missing image file", url) from error
+    except tf.errors.FailedPreconditionError as error:
+        raise BadRecord("unreadable image file", f"{url} is a folder") from error
 
 
 def find_column(names: Sequence[str], wanted: str, table: str, option: str) -> str:
@@ -256,9 +267,7 @@ def _first_bytes(values: Sequence[bytes | int] | None) -> bytes:
     return values[0] if values and isinstance(values[0], bytes) else b""
 
 
-def with_image(
-    fields: dict[str, list[bytes | int]], column: str, data: bytes, path: str
-) -> Fields:
+def with_image(fields: dict[str, list[bytes | int]], column: str, data: bytes, path: str) -> Fields:
     """A row's fields with its image's bytes and path among them."""
     fields[column] = [data]
     fields.setdefault("jpg", [data])
