@@ -50,7 +50,7 @@ def read_image(table: str, path: str) -> bytes:
             f"{table} names images by web addresses ({path}), which training does not download: "
             "fetch them by img2dataset, and set DATA_DIR to what it writes."
         )
-    full = os.path.join(os.path.dirname(table), path)
+    full = os.path.join(os.path.dirname(table), path) if is_local(path) else path
     if not path or "\0" in path:
         raise BadRecord("missing image file", f"path {path!r}")
     if not is_local(full):
@@ -96,7 +96,8 @@ class _Quotes:
     """Where quoted fields begin and end: newlines within them end no row."""
 
     def __init__(self, delimiter: str, quotechar: str):
-        quote, sign = re.escape(quotechar.encode()), re.escape(delimiter.encode())
+        quote, sign = re.escape(quotechar.encode() or b'"'), re.escape(delimiter.encode())
+        # Possessive: text of quotes alone would otherwise be tried in a great many ways.
         text = rb"(?:[^%b]++|%b%b)*+(%b|\Z)" % ((quote,) * 4)
         self._quote = quotechar.encode()
         self._field = re.compile(rb"(?:^|%b)%b%b" % (sign, quote, text))
@@ -213,6 +214,8 @@ class CSV:
         try:
             offset, length = next(_rows(reader, self._quotes, _HEADER_CHUNK_BYTES))
             raw = reader.read(offset, length).removeprefix(_BYTE_ORDER_MARK)
+            if b"\0" in raw:
+                raise ValueError("a zero byte is no text")
             return [name.strip() for name in self.values(raw.decode())]
         except (StopIteration, _UnclosedRow, ValueError, csv.Error) as error:
             raise UserError(

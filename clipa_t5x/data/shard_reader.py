@@ -1,16 +1,36 @@
-"""Bytes of a file at any position, of local and of remote files; remote ones by cached blocks."""
+"""Bytes of a file at any position, of local and of remote files; remote ones by cached blocks.
+
+TensorFlow, which takes seconds to import, is imported where a file is remote: processes that only
+convert local shards go without it.
+"""
 
 import collections
 import functools
 import os
 import threading
 from concurrent import futures
-
-import tensorflow as tf
+from typing import Any
 
 BLOCK_BYTES = 4 * 2**20
 # Blocks that are asked for by several threads at once are fetched once each, so many at a time.
 _FETCHES = 16
+
+
+def _gfile() -> Any:
+    import tensorflow as tf
+
+    return tf.io.gfile
+
+
+def _read_at(file: Any, offset: int, size: int) -> bytes:
+    """At most `size` bytes of an open remote file; none past its end, as os.pread has it."""
+    import tensorflow as tf
+
+    try:
+        file.seek(offset)
+        return file.read(size)
+    except tf.errors.OutOfRangeError:
+        return b""
 
 
 def is_local(path: str) -> bool:
@@ -54,9 +74,8 @@ class BlockCache:
             return block
 
     def _fetch(self, path: str, number: int) -> bytes:
-        with tf.io.gfile.GFile(path, "rb") as f:
-            f.seek(number * self._block_bytes)
-            return f.read(self._block_bytes)
+        with _gfile().GFile(path, "rb") as f:
+            return _read_at(f, number * self._block_bytes, self._block_bytes)
 
 
 class ShardReader:
@@ -76,7 +95,7 @@ class ShardReader:
         if is_local(self.path):
             self._fd = os.open(self.path, os.O_RDONLY)
         elif self._cache is None:
-            self._file = tf.io.gfile.GFile(self.path, "rb")
+            self._file = _gfile().GFile(self.path, "rb")
         return self
 
     def __exit__(self, *_) -> None:
@@ -88,7 +107,9 @@ class ShardReader:
     @functools.cached_property
     def size(self) -> int:
         """Bytes of the file."""
-        return tf.io.gfile.stat(self.path).length
+        if is_local(self.path):
+            return os.fstat(self._fd).st_size
+        return _gfile().stat(self.path).length
 
     def read(self, offset: int, size: int) -> bytes:
         """At most `size` bytes from `offset`; fewer at the end of the file."""
@@ -96,5 +117,4 @@ class ShardReader:
             return os.pread(self._fd, size, offset)
         if self._cache is not None:
             return self._cache.read(self.path, offset, size)
-        self._file.seek(offset)
-        return self._file.read(size)
+        return _read_at(self._file, offset, size)

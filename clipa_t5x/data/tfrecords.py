@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import google_crc32c
 import numpy as np
-import tensorflow as tf
 from google.protobuf import message
 
 from clipa_t5x.data.bad_records import BadRecord
@@ -36,6 +35,8 @@ def parse_example(data: bytes) -> Fields:
     Raises:
       BadRecord: it is none.
     """
+    import tensorflow as tf  # here, since readers of other formats do without
+
     try:
         features = tf.train.Example.FromString(data).features.feature
     except message.DecodeError as error:
