@@ -1,3 +1,4 @@
+import pathlib
 import threading
 
 import numpy as np
@@ -41,8 +42,8 @@ def test_a_shard_without_records(tmp_path):
 
 @pytest.mark.parametrize("keep", [0.3, 0.999])
 def test_without_its_end_a_shard_is_lost(shard, keep):
-    data = open(shard, "rb").read()
-    open(shard, "wb").write(data[: int(keep * len(data))])
+    data = pathlib.Path(shard).read_bytes()
+    pathlib.Path(shard).write_bytes(data[: int(keep * len(data))])
     found = FORMAT.scan(shard)
     assert found.rows.shape == (0, 1) and "was cut off" in found.problem
 
@@ -63,10 +64,10 @@ def test_urls_are_refused_with_the_remedy():
 def test_a_damaged_record_costs_itself_only(tmp_path):
     records = sample_sets.examples(range(COUNT))
     path = write(tmp_path / "0.array_record", records, "group_size:1,uncompressed")
-    data = bytearray(open(path, "rb").read())
+    data = bytearray(pathlib.Path(path).read_bytes())
     place = data.index(sample_sets.image(4)[-200:-100])
     data[place : place + 20] = bytes(20)
-    open(path, "wb").write(data)
+    pathlib.Path(path).write_bytes(data)
     found = sample_sets.records(FORMAT, path)
     assert [isinstance(record, BadRecord) for record in found] == [i == 4 for i in range(COUNT)]
     assert found[4].reason == "damaged shard"

@@ -1,4 +1,5 @@
 import io
+import pathlib
 import threading
 
 import numpy as np
@@ -88,8 +89,8 @@ def test_a_remote_file(tmp_path):
 @pytest.mark.parametrize("keep", [0.4, 0.99])
 def test_without_its_end_a_file_is_lost(tmp_path, keep):
     path = write(tmp_path / "0.parquet", images(50))
-    data = open(path, "rb").read()
-    open(path, "wb").write(data[: int(keep * len(data))])
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: int(keep * len(data))])
     found = FORMAT.scan(path)
     assert found.rows.shape == (0, 2)
     assert "was cut off" in found.problem and "\n" not in found.problem
