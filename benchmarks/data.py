@@ -141,7 +141,9 @@ def main():
     parser.add_argument("--source", type=int, default=256, help="short side of the JPEGs")
     parser.add_argument("--pixels", type=int, default=84)
     parser.add_argument("--count", type=int, default=2000, help="images of the corpus")
-    parser.add_argument("--smooth", action="store_true", help="images with less detail, half as big")
+    parser.add_argument(
+        "--smooth", action="store_true", help="images with less detail, half as big"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=8, help="of a measurement")
     parser.add_argument("--only", nargs="*", help="parts of names of pipelines")

@@ -76,10 +76,14 @@ def write(directory, count, short_side, smooth=False):
         everything = list(samples(count, short_side, smooth))
         _write_vocabulary(directory)
         # As `write_shards` deals records out in turn, so here.
-        records = [record_writer.serialize({"key": k, "jpg": j, "txt": t}) for k, j, t in everything]
+        records = [
+            record_writer.serialize({"key": k, "jpg": j, "txt": t}) for k, j, t in everything
+        ]
         record_writer.write_shards(directory / "tfrecord" / "train", records, NUM_SHARDS)
         for shard in range(NUM_SHARDS):
-            _write_tar(directory / "tar" / "train" / f"{shard:05d}.tar", everything[shard::NUM_SHARDS])
+            _write_tar(
+                directory / "tar" / "train" / f"{shard:05d}.tar", everything[shard::NUM_SHARDS]
+            )
         done.write_text(str(np.mean([len(j) for _, j, _ in everything])))
     return float(done.read_text())
 

@@ -22,6 +22,17 @@ def _gfile() -> Any:
     return tf.io.gfile
 
 
+def _read_at(file: Any, offset: int, size: int) -> bytes:
+    """At most `size` bytes of an open remote file; none past its end, as os.pread has it."""
+    import tensorflow as tf
+
+    try:
+        file.seek(offset)
+        return file.read(size)
+    except tf.errors.OutOfRangeError:
+        return b""
+
+
 def is_local(path: str) -> bool:
     """Whether a path is a file of this machine rather than a URL such as gs://."""
     return "://" not in path
@@ -64,8 +75,7 @@ class BlockCache:
 
     def _fetch(self, path: str, number: int) -> bytes:
         with _gfile().GFile(path, "rb") as f:
-            f.seek(number * self._block_bytes)
-            return f.read(self._block_bytes)
+            return _read_at(f, number * self._block_bytes, self._block_bytes)
 
 
 class ShardReader:
@@ -107,5 +117,4 @@ class ShardReader:
             return os.pread(self._fd, size, offset)
         if self._cache is not None:
             return self._cache.read(self.path, offset, size)
-        self._file.seek(offset)
-        return self._file.read(size)
+        return _read_at(self._file, offset, size)
