@@ -15,6 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -65,7 +67,7 @@ def pipelines(directory, pixels, vocabulary):
     }
     task = tasks.get_task(cfgs["tfrecord"].mixture_or_task_name)
     full = config(directory, pixels, vocabulary, decode_fn=preprocessors.full_decode)
-    found = {
+    found: dict[str, Callable[[], Any]] = {
         "CLIPA's preprocessing, tf.data": lambda: data_peers.clipa(
             directory, pixels, vocabulary, LENGTH, BATCH
         )
@@ -124,6 +126,7 @@ def quality(directory, pixels, count=200):
     """PSNR of scaled against full decoding, on crops of whole pixels at every scale."""
     values = []
     for i, (_, image, _) in enumerate(photos.samples(count, 256)):
+        image = tf.constant(image)
         size = tf.io.extract_jpeg_shape(image)[:2].numpy()
         rng = np.random.default_rng(i)
         sides = (size * rng.uniform(0.63, 1.0, 2)).astype(int) // 8 * 8

@@ -5,6 +5,7 @@ example), OpenCLIP's of its loader (Pillow, bicubic, normalised float32).
 """
 
 import io
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -100,7 +101,7 @@ def _jitter(image, strength=0.4):
 
 def webdataset_pillow(directory, size, vocabulary, length, batch_size, shuffle_buffer=1000):
     """Batches as OpenCLIP's loader makes them, in this process."""
-    import webdataset
+    from webdataset import WebDataset  # pyright: ignore
 
     rng = np.random.default_rng(0)
 
@@ -114,7 +115,7 @@ def webdataset_pillow(directory, size, vocabulary, length, batch_size, shuffle_b
         return pixels.transpose(2, 0, 1), np.pad(text, (1, length - 1 - len(text)))
 
     shards = sorted(tf.io.gfile.glob(f"{directory}/tar/train/*.tar"))
-    ds = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False).repeat()
+    ds: Any = WebDataset(shards, shardshuffle=len(shards), empty_check=False).repeat()
     ds = ds.shuffle(shuffle_buffer).map(preprocess).batched(batch_size, partial=False)
     return iter(ds)
 

@@ -17,6 +17,7 @@ from clipa_t5x.data import (
     captions,
     formats,
     image_files,
+    manifests,
     record_index,
     sample_order,
     shard_formats,
@@ -177,8 +178,8 @@ class ImageTextSource(seqio.DataSource):
         """The record index of a split, built at the first call; safe among threads.
 
         Raises:
-          UserError: no shard holds a record, one is of another format, or records lack the fields
-            asked for.
+          UserError: no shard holds a record, one is of another format or is not what the data set's
+            manifest says, or records lack the fields asked for.
         """
         with self._lock:
             if split not in self._indices:
@@ -195,6 +196,7 @@ class ImageTextSource(seqio.DataSource):
                 f"the {len(shards)} shards of split {split!r} at {self._data_dir} hold no record "
                 f"({' '.join(problem)}): remove them, or write the data set again."
             )
+        manifests.check(self._data_dir, index)
         for shard, problem in index.problems.items():
             self.records.add(BadRecord("damaged shard", problem), shard)
         self._check_fields(index)
