@@ -2,8 +2,9 @@
 
 `python benchmarks/data.py [--source=256] [--pixels=84] [--rounds=3]` makes a corpus (see
 `photos.py`), then measures all pipelines after each other in every round. `--resume` measures the
-time to the first batch at step 10 and at step 100,000, `--quality` what scaled decoding costs.
-WebDataset is measured where it is installed.
+time to the first batch at step 10 and at step 100,000, `--quality` what scaled decoding costs,
+`--memory` what large data sets and late steps cost. WebDataset is measured where it is installed.
+`data.build convert` into `preshrunk` of the corpus folder adds a line.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import importlib.util
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ from clipa_t5x.data import (
     host_batches,
     input_pipeline,
     preprocessors,
+    record_writer,
     tasks,
     tfrecords,
     vocabularies,
@@ -37,6 +40,7 @@ from clipa_t5x.data import (
 )
 
 LENGTH, BATCH = 8, 256
+NUM_MEMORY_SHARDS = 16
 
 
 def config(directory, pixels, vocabulary, kind="tfrecord", decode_fn=preprocessors.scaled_decode):
@@ -139,6 +143,32 @@ def quality(directory, pixels, count=200):
           f"{low:.1f} dB")  # fmt: skip
 
 
+def memory(work_dir, counts=(2_000, 200_000), num_batches=40):
+    """Resident memory of processes that read small and large data sets, early and late."""
+    image = photos.jpeg(photos.photo(np.random.default_rng(0), 24, 24, 1.7, 0.0))
+    record = record_writer.serialize({"jpg": image, "txt": "a"})
+    for count in counts:
+        directory = pathlib.Path(work_dir) / f"memory_{count}"
+        if not directory.exists():
+            record_writer.write_shards(directory / "train", [record] * count, NUM_MEMORY_SHARDS)
+        for step in (0, 1_000_000):
+            code = (
+                "import data, itertools, resource, sys; cfg = data.images_alone(sys.argv[1]); "
+                f"list(itertools.islice(data.ours(cfg, {step}), {num_batches})); "
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            )
+            command = [sys.executable, "-c", code, str(directory)]
+            here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            output = subprocess.run(command, env=here, capture_output=True, text=True, check=True)
+            kib = int(output.stdout.split()[-1])
+            print(f"{count:>9,} records, from step {step:>9,}: {kib / 1024:,.0f} MiB resident")
+
+
+def images_alone(directory):
+    name = tasks.image_text_task("memory", directory, None, window_bytes=2**20)
+    return input_pipeline.DatasetConfig(name, {"images": 16, "text": 8}, "train", BATCH)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=int, default=256, help="short side of the JPEGs")
@@ -152,8 +182,12 @@ def main():
     parser.add_argument("--only", nargs="*", help="parts of names of pipelines")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--quality", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--work_dir", default=f"{tempfile.gettempdir()}/clipa_t5x_benchmark")
     args = parser.parse_args()
+    if args.memory:
+        memory(args.work_dir)
+        return
     name = f"{args.source}{'_smooth' if args.smooth else ''}_{args.count}"
     directory = pathlib.Path(args.work_dir) / name
     mean = photos.write(directory, args.count, args.source, args.smooth)
