@@ -87,8 +87,9 @@ class RecordIndex:
 def _fingerprint(shards: Iterable[str]) -> list[list]:
     with futures.ThreadPoolExecutor(_SCANS) as pool:
         stats = list(pool.map(tf.io.gfile.stat, shards))
+    # A folder's own size is its file system's matter.
     return [
-        [os.path.basename(path), stat.length, stat.mtime_nsec]
+        [os.path.basename(path), 0 if stat.is_directory else stat.length, stat.mtime_nsec]
         for path, stat in zip(shards, stats, strict=True)
     ]
 
@@ -166,8 +167,11 @@ def _scan_all(
     counter = progress.Progress(len(shards), sys.stderr, "shards")
 
     def scan(path: str) -> shard_formats.Scan:
-        if not tf.io.gfile.stat(path).length:
-            found = shard_formats.Scan(np.zeros((0, 2), np.int64), "is empty (0 bytes)")
+        stat = tf.io.gfile.stat(path)
+        if not stat.length and not stat.is_directory:
+            found = shard_formats.Scan(
+                np.zeros((0, shard_format.columns), np.int64), "is empty (0 bytes)"
+            )
         else:
             found = shard_format.scan(path)
         counter.count()

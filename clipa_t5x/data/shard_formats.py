@@ -53,6 +53,11 @@ class ShardFormat(Protocol):
         ...
 
     @property
+    def columns(self) -> int:
+        """Of what `scan` returns."""
+        ...
+
+    @property
     def patterns(self) -> Mapping[str, str]:
         """Glob patterns of the usual splits, under a data set's folder."""
         ...

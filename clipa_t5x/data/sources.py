@@ -14,6 +14,7 @@ import tensorflow as tf
 from clipa_t5x.data import (
     bad_records,
     captions,
+    formats,
     image_files,
     record_index,
     sample_order,
@@ -108,7 +109,7 @@ class ImageTextSource(seqio.DataSource):
     def __init__(
         self,
         data_dir: str,
-        shard_format: shard_formats.ShardFormat,
+        shard_format: shard_formats.ShardFormat | None,
         fields: RecordFields,
         splits: Mapping[str, str] | None = None,
         index_dir: str | None = None,
@@ -118,7 +119,7 @@ class ImageTextSource(seqio.DataSource):
 
         Args:
           data_dir: folder of the data set, local, gs:// or whatever tf.io.gfile reads.
-          shard_format: how records lie in files.
+          shard_format: how records lie in files; None for what the files' names say.
           fields: which fields are read.
           splits: split name -> glob pattern under `data_dir`; default: the format's usual ones.
           index_dir: where to keep the record index; the default is a folder in `data_dir`.
@@ -127,7 +128,7 @@ class ImageTextSource(seqio.DataSource):
         """
         self._data_dir = data_dir
         self._format, self._fields = shard_format, fields
-        self._patterns = dict(splits or shard_format.patterns)
+        self._patterns = dict(splits or formats.patterns(shard_format))
         self._index_dir = index_dir or os.path.join(data_dir, ".record_index")
         self._window_bytes = window_bytes
         self._cache = shard_reader.BlockCache(2 * window_bytes)
@@ -147,22 +148,28 @@ class ImageTextSource(seqio.DataSource):
         """Paths of the split's shards, sorted by name.
 
         Raises:
-          UserError: the split is unknown, or no file matches its pattern.
+          UserError: the split is unknown, or no file matches its pattern, or files of several
+            formats do.
         """
+        return self._shards(split)[0]
+
+    def _shards(self, split: str) -> tuple[Sequence[str], shard_formats.ShardFormat]:
         if split not in self._patterns:
             raise UserError(
                 f"split {split!r} is not one of {sorted(self._patterns)} of the data set at "
                 f"{self._data_dir}: name one of them, or give the source a pattern for it."
             )
         pattern = os.path.join(self._data_dir, self._patterns[split])
-        shards = sorted(tf.io.gfile.glob(pattern))
-        if not shards:
+        found = sorted(tf.io.gfile.glob(pattern))
+        shards, shard_format = formats.resolve(found, self._format)
+        if not shards or shard_format is None:
+            known = " of a known format" if found else ""
             raise UserError(
-                f"data set directory {self._data_dir} {_what_is_there(self._data_dir)}: no file "
-                f"matches {pattern}. Set DATA_DIR to where the shards are and DATA_SPLITS to their "
-                "patterns, or write them (python -m clipa_t5x.data.build)."
+                f"data set directory {self._data_dir} {_what_is_there(self._data_dir)}: no file"
+                f"{known} matches {pattern}. Set DATA_DIR to where the shards are and DATA_SPLITS "
+                "to their patterns, or write them (python -m clipa_t5x.data.build)."
             )
-        return shards
+        return shards, shard_format
 
     def index(self, split: str) -> record_index.RecordIndex:
         """The record index of a split, built at the first call; safe among threads.
@@ -177,9 +184,9 @@ class ImageTextSource(seqio.DataSource):
             return self._indices[split]
 
     def _load_index(self, split: str) -> record_index.RecordIndex:
-        shards = self.list_shards(split)
+        shards, shard_format = self._shards(split)
         path = os.path.join(self._index_dir, split.replace("/", "_"))
-        index = record_index.load(shards, path, self._format)
+        index = record_index.load(shards, path, shard_format)
         if not len(index):
             problem = next(iter(index.problems.items()), (shards[0], "has no records"))
             raise UserError(

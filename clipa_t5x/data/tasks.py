@@ -11,7 +11,6 @@ from clipa_t5x.data import (
     preprocessors,
     shard_formats,
     sources,
-    tfrecords,
     vocabularies,
 )
 from clipa_t5x.errors import UserError, check_number
@@ -42,7 +41,7 @@ def image_text_task(
       data_dir: folder of the shards, local or gs://.
       vocabulary: tokeniser of the captions; None makes a task of images (and labels) alone.
       image_preprocessor: function of (encoded image, its size, size, seed), see `preprocessors`.
-      shard_format: how records lie in files; None for TFRecord.
+      shard_format: how records lie in files; None for what the files' names say.
       splits: split name -> glob pattern under `data_dir`; default: the format's usual ones.
       index_dir: where the record index is kept; default beside the data.
       image_key: name of the records' field with the encoded image; of several, separated by ';',
@@ -69,7 +68,7 @@ def image_text_task(
         captions = {caption_key: 1.0} if isinstance(caption_key, str) else dict(caption_key)
     source = sources.ImageTextSource(
         data_dir,
-        shard_format or tfrecords.TFRecord(),
+        shard_format,
         sources.RecordFields(image_key, captions, label_key, max_pixels),
         splits,
         index_dir,

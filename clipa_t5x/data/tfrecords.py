@@ -77,6 +77,7 @@ class TFRecord:
 
     name: str = "tfrecord"
     version: int = 2
+    columns: int = 2
 
     @property
     def patterns(self) -> Mapping[str, str]:

@@ -151,6 +151,7 @@ class WebDataset:
 
     name: str = "webdataset"
     version: int = 1
+    columns: int = 2
 
     @property
     def patterns(self) -> Mapping[str, str]:
