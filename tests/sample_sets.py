@@ -127,9 +127,7 @@ def _parquet(folder, numbers):
 
 
 def _paths_parquet(folder, numbers):
-    write_parquet(
-        folder / "0.parquet", {"filepath": _images(folder, numbers), **_texts(numbers)}
-    )
+    write_parquet(folder / "0.parquet", {"filepath": _images(folder, numbers), **_texts(numbers)})
 
 
 def _folder(folder, numbers):
