@@ -26,27 +26,18 @@ import tensorflow as tf
 from clipa_t5x.data import (
     conversion_journal,
     conversion_workers,
+    formats,
     manifests,
     record_index,
     record_statistics,
     shard_conversion,
     shard_formats,
-    tfrecords,
-    webdataset,
 )
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.data.progress import Progress
 from clipa_t5x.errors import UserError
 
 _RECORDS_TO_LOOK_AT = 32
-
-
-def format_of(path: str) -> shard_formats.ShardFormat | None:
-    """The format of a file by its name; None where it is of none that is known."""
-    name = os.path.basename(path)
-    if name.endswith(".tar"):
-        return webdataset.WebDataset()
-    return tfrecords.TFRecord() if ".tfrecord" in name else None
 
 
 def find_shards(
@@ -64,14 +55,17 @@ def find_shards(
       UserError: there are none, or they are of no or several formats.
     """
     if pattern is None and not tf.io.gfile.isdir(source):
-        tried, shards = source, tf.io.gfile.glob(source)
+        tried = source
+        shards, shard_format = formats.resolve(sorted(tf.io.gfile.glob(tried)), None)
     elif pattern is not None:
         tried = os.path.join(source, pattern)
-        shards = tf.io.gfile.glob(tried)
+        shards, shard_format = formats.resolve(sorted(tf.io.gfile.glob(tried)), None)
     else:
         tried = f"{os.path.join(source, '*')} and {os.path.join(source, split, '*')}"
-        shards = shards_in(source) or shards_in(os.path.join(source, split))
-    if not shards:
+        shards, shard_format = shards_in(source)
+        if shard_format is None:
+            shards, shard_format = shards_in(os.path.join(source, split))
+    if shard_format is None:
         there = sorted(tf.io.gfile.listdir(source)) if tf.io.gfile.isdir(source) else []
         more = " and more" if len(there) > 5 else ""
         holds = f"holds {', '.join(there[:5])}{more}" if there else "does not exist or is empty"
@@ -79,23 +73,21 @@ def find_shards(
             f"no shards match {tried}: {source} {holds}. Set "
             "--source to the folder of the shards and --pattern to a glob pattern under it."
         )
-    formats = {path: format_of(path) for path in sorted(shards)}
-    names = {found.name if found else f"unknown ({path})" for path, found in formats.items()}
-    (first, *others) = formats.values()
-    if first is None or any(found is None or found.name != first.name for found in others):
-        raise UserError(
-            f"the shards of {tried} are of the formats {', '.join(sorted(names)[:3])}: give a "
-            "--pattern that matches shards of one known format."
-        )
-    return list(formats), first
+    return shards, shard_format
 
 
-def shards_in(folder: str) -> list[str]:
-    """Paths of the files of a known format in a folder, none if it is no folder."""
+def shards_in(folder: str) -> tuple[list[str], shard_formats.ShardFormat | None]:
+    """The shards among the files of a folder, and their format; ([], None) where there are none.
+
+    Raises:
+      UserError: they are of several formats.
+    """
     if not tf.io.gfile.isdir(folder):
-        return []
-    paths = (os.path.join(folder, name) for name in tf.io.gfile.listdir(folder))
-    return [path for path in paths if format_of(path) is not None]
+        return [], None
+    names = sorted(tf.io.gfile.listdir(folder))
+    # Folders within are no images of this one: a data set's splits, indices.
+    paths = [os.path.join(folder, name) for name in names if not name.endswith("/")]
+    return formats.resolve([path for path in paths if not tf.io.gfile.isdir(path)], None)
 
 
 def convert(
@@ -161,7 +153,12 @@ def convert(
 
 def _digest(shards: Sequence[str]) -> str:
     """Of the shards' names and sizes: another input does not go on where this one was."""
-    sizes = [[os.path.basename(path), tf.io.gfile.stat(path).length] for path in shards]
+    stats = [tf.io.gfile.stat(path) for path in shards]
+    # A folder's own size says nothing; its time changes with the names within.
+    sizes = [
+        [os.path.basename(path), stat.mtime_nsec if stat.is_directory else stat.length]
+        for path, stat in zip(shards, stats, strict=True)
+    ]
     return f"{len(shards)} shards {hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]}"
 
 
@@ -237,8 +234,8 @@ def _work(
 def _index(place: conversion_journal.SplitFolder, facts: Mapping[str, Any]) -> None:
     """Writes the record index where the data source looks for it."""
     shards = [str(place.folder / shard["file"]) for shard in facts["shards"]]
-    if (written := format_of(shards[0])) is not None:
-        record_index.load(shards, str(place.output_dir / ".record_index" / place.split), written)
+    kept = str(place.output_dir / ".record_index" / place.split)
+    record_index.load(shards, kept, formats.by_path(shards[0]))
 
 
 def _facts(

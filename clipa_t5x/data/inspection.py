@@ -82,16 +82,11 @@ def inspect(
 
 def _splits(path: str) -> dict[str, list[str]]:
     """Shards by the path of their folder, or of the only one."""
-    if not tf.io.gfile.isdir(path):
-        return {path: conversion.find_shards(path, None, "")[0]}
-    if conversion.shards_in(path):
+    if not tf.io.gfile.isdir(path) or conversion.shards_in(path)[0]:
         return {path: conversion.find_shards(path, None, "")[0]}
     folders = (os.path.join(path, name.rstrip("/")) for name in sorted(tf.io.gfile.listdir(path)))
-    found = {
-        folder: conversion.find_shards(folder, None, "")[0]
-        for folder in folders
-        if conversion.shards_in(folder)
-    }
+    found = {folder: conversion.shards_in(folder)[0] for folder in folders}
+    found = {folder: shards for folder, shards in found.items() if shards}
     return found or {path: conversion.find_shards(path, None, "train")[0]}
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import sample_sets
 import tiny_tars
 from PIL import Image
 
@@ -45,6 +46,16 @@ def test_a_shard(tars):
     assert row(text, "height") == [40, 40, 40, 61, 61, 49]
     assert row(text, "caption_words") == [3, 3, 3, 3, 3, 3]
     assert "captions: txt" in text and "bad records: 0" in text and "manifest: none" in text
+
+
+@pytest.mark.parametrize("kind", sample_sets.FORMATS)
+def test_every_format_is_described(tmp_path, kind):
+    # A folder of class folders is looked at class by class.
+    path = tmp_path / "set" / ("train" if kind == "folder" else "")
+    sample_sets.write(tmp_path / "set", kind)
+    text = inspect(path)
+    assert "set/train" in text and "bad records: 0" in text
+    assert "image (JPEG)" in text and "captions: txt" in text
 
 
 def test_a_folder_of_shards(tars):
