@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from clipa_t5x.data import (
     image_files,
+    mixtures,
     preprocessors,
     shard_formats,
     sources,
@@ -148,33 +149,63 @@ def _register(
     return name
 
 
-def get_task(name: str) -> seqio.Task:
-    """The registered task of a name.
+def mixture(name: str, rates: Mapping[str, float]) -> str:
+    """Registers a SeqIO mixture of tasks, and returns its name.
+
+    In gin: `MIXTURE_OR_TASK_NAME = @tasks.mixture()`, with
+    `tasks.mixture.rates = {@a/tasks.image_text_task(): 0.7, @b/tasks.image_text_task(): 0.3}`. Its
+    samples are those of `mixtures.MixtureSource`; SeqIO's own `get_dataset` draws them otherwise.
+
+    Args:
+      name: of the mixture; a second call with the same name replaces it.
+      rates: how often each task, by its name, is taken; their sum may be any.
 
     Raises:
-      UserError: nothing is registered under the name; or it is a mixture, or a task whose source
-        cannot be read at any position.
+      UserError: a task is unknown or cannot be read at any position, the tasks differ in their
+        preprocessors or output features, or a rate is out of range.
     """
+    if not rates:
+        raise UserError(f"the mixture {name!r} has no tasks: give rates as {{task name: rate}}.")
+    mixtures.check_alike([get_task(task) for task in rates])
+    mixtures.shares(rates)
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add(name, list(rates.items()))
+    return name
+
+
+def _registered(name: str) -> tuple[seqio.Task | seqio.Mixture, list[seqio.Task]]:
+    """(what is registered under a name, its tasks); see `get_task`."""
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if name not in known:
         raise UserError(
             f"MIXTURE_OR_TASK_NAME is {name!r}, which is not a registered SeqIO task. Registered: "
             f"{', '.join(known) or 'none'}. Set it to @tasks.image_text_task() with a data_dir."
         )
-    task = seqio.get_mixture_or_task(name)
-    if not isinstance(task, seqio.Task) or not isinstance(task.source, sources.PositionalSource):
+    found = seqio.get_mixture_or_task(name)
+    components = found.tasks if isinstance(found, seqio.Mixture) else [found]
+    if not all(isinstance(task.source, sources.PositionalSource) for task in components):
         raise UserError(
             f"{name!r} cannot be read at any position, so a run could not resume at its step: use "
-            "a task over an ImageTextSource, see clipa_t5x.data.tasks."
+            "tasks over an ImageTextSource, see clipa_t5x.data.tasks."
         )
-    return task
+    return found, components
+
+
+def get_task(name: str) -> seqio.Task:
+    """The registered task of a name; of a mixture, one of its tasks, which are alike.
+
+    Raises:
+      UserError: nothing is registered under the name, or what is cannot be read at any position.
+    """
+    return _registered(name)[1][0]
 
 
 def get_source(name: str) -> sources.PositionalSource:
-    """The data source of a registered task.
+    """The data source of a registered task or mixture.
 
     Raises:
-      UserError: as `get_task`.
+      UserError: as `get_task`; or a mixture's tasks differ in kind.
     """
-    source: Any = get_task(name).source
-    return source
+    found, _ = _registered(name)
+    source: Any = found
+    return mixtures.source_of(source) if isinstance(found, seqio.Mixture) else source.source
