@@ -8,9 +8,11 @@ import tensorflow as tf
 
 from clipa_t5x.data import (
     image_files,
+    mixtures,
     preprocessors,
     shard_formats,
     sources,
+    tfds_datasets,
     vocabularies,
 )
 from clipa_t5x.errors import UserError, check_number
@@ -56,24 +58,86 @@ def image_text_task(
     Raises:
       UserError: there is no such strategy, or a number is none or too small.
     """
+    fields = _record_fields(vocabulary, image_key, caption_key, label_key, max_pixels)
     check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
+    source = sources.ImageTextSource(
+        data_dir, shard_format, fields, splits, index_dir, window_bytes
+    )
+    return _register(name, source, vocabulary, image_preprocessor, text_reduction)
+
+
+def tfds_task(
+    name: str,
+    tfds_name: str | None,
+    data_dir: str,
+    vocabulary: vocabularies.BertVocabulary | None = None,
+    image_preprocessor: preprocessors.ImagePreprocessor = preprocessors.inception_crop,
+    splits: Mapping[str, str] | None = None,
+    index_dir: str | None = None,
+    image_key: str = "image",
+    caption_key: str | Mapping[str, float] = "caption",
+    label_key: str | None = "label",
+    text_reduction: str = "truncate",
+    window_bytes: int = sources.DEFAULT_WINDOW_BYTES,
+    max_pixels: int = image_files.MAX_PIXELS,
+) -> str:
+    """Registers a task over a data set that TFDS has prepared, and returns its name.
+
+    Arguments that are not named here are those of `image_text_task`.
+
+    Args:
+      name: of the task.
+      tfds_name: 'name', 'name/config' or 'name/config:version'; None where `data_dir` is the folder
+        of the version itself.
+      data_dir: where TFDS prepared it.
+      vocabulary: tokeniser of the captions; None makes a task of images and labels.
+      image_preprocessor: as above.
+      splits: name of a split here -> its name in TFDS; by default 'train', 'validation' and 'test'
+        are what they are called there.
+      index_dir: as above.
+      image_key: name of the feature with the image.
+      caption_key: name of the feature with the caption, or names with how likely each is taken.
+      label_key: name of the feature with the label; None where there is none.
+      text_reduction: as above.
+      window_bytes: as above.
+      max_pixels: as above.
+
+    Raises:
+      UserError: as `image_text_task`.
+    """
+    fields = _record_fields(vocabulary, image_key, caption_key, label_key, max_pixels)
+    check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
+    source = tfds_datasets.TFDSSource(tfds_name, data_dir, fields, splits, index_dir, window_bytes)
+    return _register(name, source, vocabulary, image_preprocessor, text_reduction)
+
+
+def _record_fields(
+    vocabulary: vocabularies.BertVocabulary | None,
+    image_key: str,
+    caption_key: str | Mapping[str, float],
+    label_key: str | None,
+    max_pixels: int,
+) -> sources.RecordFields:
+    """The fields of a task's records; captions only if there is a vocabulary for them."""
     check_number("MAX_PIXELS", max_pixels, minimum=1, whole=True)
+    captions = {caption_key: 1.0} if isinstance(caption_key, str) else dict(caption_key)
+    captions = {} if vocabulary is None else captions
+    return sources.RecordFields(image_key, captions, label_key, max_pixels)
+
+
+def _register(
+    name: str,
+    source: sources.ImageTextSource,
+    vocabulary: vocabularies.BertVocabulary | None,
+    image_preprocessor: preprocessors.ImagePreprocessor,
+    text_reduction: str,
+) -> str:
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
     features: dict[str, seqio.utils.Feature] = {"images": images}
-    captions: Mapping[str, float] = {}
     if vocabulary is not None:
         features["text"] = preprocessors.TextFeature(
             vocabulary, add_eos=False, dtype=tf.int32, reduction=text_reduction
         )
-        captions = {caption_key: 1.0} if isinstance(caption_key, str) else dict(caption_key)
-    source = sources.ImageTextSource(
-        data_dir,
-        shard_format,
-        sources.RecordFields(image_key, captions, label_key, max_pixels),
-        splits,
-        index_dir,
-        window_bytes,
-    )
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
@@ -85,33 +149,63 @@ def image_text_task(
     return name
 
 
-def get_task(name: str) -> seqio.Task:
-    """The registered task of a name.
+def mixture(name: str, rates: Mapping[str, float]) -> str:
+    """Registers a SeqIO mixture of tasks, and returns its name.
+
+    In gin: `MIXTURE_OR_TASK_NAME = @tasks.mixture()`, with
+    `tasks.mixture.rates = {@a/tasks.image_text_task(): 0.7, @b/tasks.image_text_task(): 0.3}`. Its
+    samples are those of `mixtures.MixtureSource`; SeqIO's own `get_dataset` draws them otherwise.
+
+    Args:
+      name: of the mixture; a second call with the same name replaces it.
+      rates: how often each task, by its name, is taken; their sum may be any.
 
     Raises:
-      UserError: nothing is registered under the name; or it is a mixture, or a task whose source
-        cannot be read at any position.
+      UserError: a task is unknown or cannot be read at any position, the tasks differ in their
+        preprocessors or output features, or a rate is out of range.
     """
+    if not rates:
+        raise UserError(f"the mixture {name!r} has no tasks: give rates as {{task name: rate}}.")
+    mixtures.check_alike([get_task(task) for task in rates])
+    mixtures.shares(rates)
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add(name, list(rates.items()))
+    return name
+
+
+def _registered(name: str) -> tuple[seqio.Task | seqio.Mixture, list[seqio.Task]]:
+    """(what is registered under a name, its tasks); see `get_task`."""
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if name not in known:
         raise UserError(
             f"MIXTURE_OR_TASK_NAME is {name!r}, which is not a registered SeqIO task. Registered: "
             f"{', '.join(known) or 'none'}. Set it to @tasks.image_text_task() with a data_dir."
         )
-    task = seqio.get_mixture_or_task(name)
-    if not isinstance(task, seqio.Task) or not isinstance(task.source, sources.PositionalSource):
+    found = seqio.get_mixture_or_task(name)
+    components = found.tasks if isinstance(found, seqio.Mixture) else [found]
+    if not all(isinstance(task.source, sources.PositionalSource) for task in components):
         raise UserError(
             f"{name!r} cannot be read at any position, so a run could not resume at its step: use "
-            "a task over an ImageTextSource, see clipa_t5x.data.tasks."
+            "tasks over an ImageTextSource, see clipa_t5x.data.tasks."
         )
-    return task
+    return found, components
+
+
+def get_task(name: str) -> seqio.Task:
+    """The registered task of a name; of a mixture, one of its tasks, which are alike.
+
+    Raises:
+      UserError: nothing is registered under the name, or what is cannot be read at any position.
+    """
+    return _registered(name)[1][0]
 
 
 def get_source(name: str) -> sources.PositionalSource:
-    """The data source of a registered task.
+    """The data source of a registered task or mixture.
 
     Raises:
-      UserError: as `get_task`.
+      UserError: as `get_task`; or a mixture's tasks differ in kind.
     """
-    source: Any = get_task(name).source
-    return source
+    found, _ = _registered(name)
+    source: Any = found
+    return mixtures.source_of(source) if isinstance(found, seqio.Mixture) else source.source

@@ -171,14 +171,14 @@ def test_an_unknown_name_lists_the_known(directory):
 
 def test_what_cannot_resume_is_refused(directory):
     name = tiny_records.task("tasks_test", directory)
-    seqio.MixtureRegistry.remove("both")
-    seqio.MixtureRegistry.add("both", [name], default_rate=1.0)
     seqio.TaskRegistry.remove("stream")
     seqio.TaskRegistry.add(
         "stream",
         source=seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"]),
-        output_features={},
+        output_features=tasks.get_task(name).output_features,
     )
+    seqio.MixtureRegistry.remove("both")
+    seqio.MixtureRegistry.add("both", [name, "stream"], default_rate=1.0)
     for other in ("both", "stream"):
         with pytest.raises(UserError, match=f"'{other}' cannot be read at any position"):
             tasks.get_task(other)
