@@ -1,8 +1,9 @@
 """WebDataset's tar shards as the DataComp and LAION tools write them, read in place.
 
 A sample is the run of files of one key (the name up to the first dot of its last part); a field is
-what follows that dot: 'jpg', 'txt', 'json'. 'json:caption' is a member of that file. Nothing is
-unpacked: no path of an archive touches the disk.
+what follows that dot: 'jpg', 'txt', 'json'. 'json:caption' is a member of that file. Files without
+a dot, folders and links belong to no sample. Nothing is unpacked: no path of an archive touches the
+disk.
 """
 
 import dataclasses
@@ -20,10 +21,11 @@ from clipa_t5x.data.tfrecords import scan_cache
 from clipa_t5x.errors import UserError
 
 BLOCK = 512
-_FILES = (b"0", b"\0")
+_FILES = (b"0", b"\0", b"7")
+# Links, devices and folders have no data, whatever size their headers state.
+_NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 # Longer names follow in a member of their own, GNU's or POSIX's.
 _LONG_NAME, _PAX = b"L", b"x"
-# Members of other types (folders, links) are passed over.
 
 
 class Member(NamedTuple):
@@ -56,8 +58,10 @@ def parse_header(header: bytes) -> Member | None:
     name = header[:100].partition(b"\0")[0]
     if header[257:262] == b"ustar" and header[262:263] == b"\0" and header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
+    kind = header[156:157]
+    size = 0 if kind in _NO_DATA else size
     padded = BLOCK + -(-size // BLOCK) * BLOCK
-    return Member(name.decode("utf-8", "replace"), header[156:157], size, padded)
+    return Member(name.decode("utf-8", "replace"), kind, size, padded)
 
 
 def _number(field: bytes) -> int:
@@ -82,10 +86,13 @@ def _pax_path(data: bytes) -> str | None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, field) of a file: 'a/0001.seg.png' is ('a/0001', 'seg.png'), in lower case."""
+    """(key, field) of a file: 'a/0001.seg.png' is ('a/0001', 'seg.png'), in lower case.
+
+    Either is '' where the file is none of a sample's.
+    """
     folder, slash, base = name.rpartition("/")
     key, _, field = base.partition(".")
-    return folder + slash + key, field.lower()
+    return (folder + slash + key, field.lower()) if key else ("", "")
 
 
 class _Open:
@@ -109,7 +116,7 @@ class _JsonFields(dict[str, list[bytes | int]]):
             raise KeyError(name)
         try:
             value = json.loads(content[0]).get(member)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise BadRecord("unreadable metadata", f"field {file}: {error}") from error
         values = value if isinstance(value, list) else [] if value is None else [value]
         return [v if isinstance(v, int) else str(v).encode() for v in values]
@@ -139,8 +146,9 @@ def _members(raw: bytes) -> dict[str, list[bytes | int]]:
         else:
             if member.kind in _FILES:
                 key, field = split_name(long_name or member.name)
-                fields[field] = [data]
-                fields["__key__"] = [key.encode()]
+                if key and field:
+                    fields[field] = [data]
+                    fields["__key__"] = [key.encode()]
             long_name = None
     return fields
 
@@ -168,7 +176,7 @@ class WebDataset:
         key, problem = None, ""
         with ShardReader(path, scan_cache(path)) as reader:
             for start, end, name in _walk(reader):
-                if name is None and not start:
+                if name is None and not start and reader.size >= BLOCK:
                     raise UserError(
                         f"{path} is not a tar file: no header begins at byte 0. Remove the file "
                         "or write it again."
@@ -178,7 +186,7 @@ class WebDataset:
                     problem = f"{what} at byte {start} of {reader.size}"
                     if name is not None and name == key:
                         rows.pop()  # The file that was cut off was one of this sample's.
-                elif name == key and rows[-1][0] + rows[-1][1] == start:
+                elif name == key:
                     rows[-1] = (rows[-1][0], end - rows[-1][0])
                 else:
                     rows.append((start, end - start))
@@ -193,20 +201,27 @@ class WebDataset:
 
 
 def _walk(reader: ShardReader) -> Iterator[tuple[int, int, str | None]]:
-    """Yields (first byte, byte after it, key) of every file, headers of its name included.
+    """Yields (first byte, byte after it, key) of every sample's file, headers of its name included.
 
-    Where the archive breaks off, the end is 0, and the key None if no header can be read there.
+    Where the archive breaks off, the end is 0; the key is '' if it does so in a header, and None if
+    there is something else where a header should be.
     """
-    offset, start, long_name = 0, 0, None
+    offset, start, long_name, ended = 0, 0, None, False
     while offset < reader.size:
         header = reader.read(offset, BLOCK)
         member = parse_header(header)
         if member is None:
-            if header.count(0) != len(header) or not offset:  # Zeros end an archive.
-                yield start, 0, None
+            if header.count(0) == len(header) and offset:
+                # Zeros end an archive, but another may follow: they can be chained.
+                offset = start = offset + BLOCK
+                ended = True
+                continue
+            yield start, 0, "" if len(header) < BLOCK else None
             return
+        ended = False
+        name = split_name(long_name or member.name)
         if offset + BLOCK + member.size > reader.size:
-            yield start, 0, split_name(long_name or member.name)[0]
+            yield start, 0, name[0]
             return
         if member.kind in (_LONG_NAME, _PAX):
             data = reader.read(offset + BLOCK, member.size)
@@ -215,6 +230,8 @@ def _walk(reader: ShardReader) -> Iterator[tuple[int, int, str | None]]:
             offset += member.padded
             continue
         offset += member.padded
-        if member.kind in _FILES:
-            yield start, offset, split_name(long_name or member.name)[0]
+        if member.kind in _FILES and all(name):
+            yield start, offset, name[0]
         start, long_name = offset, None
+    if not ended:
+        yield start, 0, ""
