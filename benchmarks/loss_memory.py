@@ -24,6 +24,7 @@ FORMS = {
     "softmax, 4 chunks": functools.partial(losses.softmax_contrastive, num_chunks=4),
     "softmax, 16 chunks": functools.partial(losses.softmax_contrastive, num_chunks=16),
     "sigmoid": sigmoid,
+    "sigmoid, 4 chunks": functools.partial(sigmoid, num_chunks=4),
     "sigmoid, 16 chunks": functools.partial(sigmoid, num_chunks=16),
 }
 

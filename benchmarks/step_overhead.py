@@ -72,7 +72,7 @@ def loop_segment(step, state, batch, num_steps, writer, info, log_period):
     for n, state, step_metrics in updates:  # noqa: B007  the last state is returned
         progress.add(step_metrics)
         if n % log_period == 0:
-            progress.log(n)
+            progress.log(n, {})
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / num_steps
     progress.clock.close()

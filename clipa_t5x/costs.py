@@ -34,7 +34,7 @@ CHIPS = {
         Chip("A100-80G", _peak("gpu-a100"), published.A100_80G_PRICE),
         Chip("H100", _peak("gpu-h100")),
         Chip("H200", _peak("gpu-h200")),
-        *(Chip(name, _peak(name)) for name in ("v4", "v5e", "v5p", "v6e")),
+        *(Chip(name, _peak(name)) for name in ("v4", "v5e", "v5p", "v6e", "tpu7x")),
     )
 }
 DEFAULT_CHIP = "A100-80G"

@@ -1,7 +1,8 @@
 """Contrastive losses: pure functions of embeddings, in float32.
 
-Both work through the global batch's matrix of logits by blocks of image rows. With `num_chunks`
-above 1 only one block exists at a time, in the backward pass, too, which computes it again.
+Both work through the global batch's matrix of logits by blocks of text columns, and every device
+holds its own images' rows of a block. With `num_chunks` above 1 only one block, and only its texts,
+exist on a device at a time, in the backward pass, too, which gathers and computes them again.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def softmax_contrastive(
       text_embeddings: [batch, joint], unit length.
       logit_scale: scalar factor of the logits (not its logarithm).
       weights: [batch], 1 for a pair that counts and 0 for padding; None for all ones.
-      num_chunks: how many blocks of image rows to work through one by one; it divides the batch.
+      num_chunks: how many blocks of texts to work through one by one; it divides the batch.
 
     Returns:
       The loss, a float32 scalar, and {'accuracy': share of the images whose own text is the most
@@ -49,24 +50,24 @@ def softmax_contrastive(
     weights, valid = _weights(weights, len(images))
     scale = logit_scale.astype(jnp.float32)
 
-    def block(columns: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]) -> Any:
-        """Row sums of one block, and column sums of all blocks so far, as (greatest, sum)."""
-        images, index, rows_valid = rows
+    def block(rows: tuple[Any, jax.Array, jax.Array], columns: tuple[jax.Array, ...]) -> Any:
+        """What all blocks so far come to for every row, and the column sums of this one."""
+        nearest, total, own = rows
+        texts, index, columns_valid = columns
         logits = spmd.with_logical_constraint(scale * (images @ texts.T), ("batch", None))
-        logits = jnp.where(rows_valid[:, None] & valid[None, :], logits, _LEAST)
-        own = jnp.sum(jnp.where(_own_text(index, len(texts)), logits, 0.0), axis=1)
-        greatest, total = columns
+        logits = jnp.where(valid[:, None] & columns_valid[None, :], logits, _LEAST)
+        own = own + jnp.sum(jnp.where(_own_text(len(images), index), logits, 0.0), axis=1)
         # The shift cancels out: no gradient need flow through it.
-        shift = jnp.maximum(greatest, jax.lax.stop_gradient(logits).max(axis=0))
-        total = total * jnp.exp(greatest - shift) + jnp.exp(logits - shift).sum(axis=0)
-        correct = jnp.argmax(logits, axis=1) == index
-        return (shift, total), (jax.nn.logsumexp(logits, axis=1), own, correct)
+        shift, _ = closer = _nearest(nearest, logits, index)
+        total = total * jnp.exp(nearest[0] - shift) + jnp.exp(logits - shift[:, None]).sum(axis=1)
+        return (closer, total, own), jax.nn.logsumexp(logits, axis=0)
 
-    start = jnp.full((len(images),), _LEAST), jnp.zeros((len(images),))
-    rows = images, jnp.arange(len(images)), valid
-    (shift, total), (row_sums, own, correct) = _by_blocks(block, start, rows, num_chunks)
-    per_pair = 0.5 * (row_sums + shift + jnp.log(total)) - own
-    return _mean(per_pair, weights), {"accuracy": _mean(correct.astype(jnp.float32), weights)}
+    zeros = jnp.zeros((len(images),))
+    columns = texts, jnp.arange(len(texts)), valid
+    rows, column_sums = _by_blocks(block, (_nothing(images), zeros, zeros), columns, num_chunks)
+    (shift, closest), total, own = rows
+    per_pair = 0.5 * (shift + jnp.log(total) + column_sums) - own
+    return _mean(per_pair, weights), _metrics(closest, weights)
 
 
 def sigmoid_contrastive(
@@ -102,21 +103,44 @@ def sigmoid_contrastive(
     weights, valid = _weights(weights, len(images))
     scale, bias = logit_scale.astype(jnp.float32), logit_bias.astype(jnp.float32)
 
-    def block(carry: None, rows: tuple[jax.Array, ...]) -> Any:
-        images, index = rows
+    def block(rows: tuple[Any, jax.Array], columns: tuple[jax.Array, ...]) -> Any:
+        nearest, per_pair = rows
+        texts, index, valid = columns
         logits = spmd.with_logical_constraint(scale * (images @ texts.T) + bias, ("batch", None))
-        losses = jax.nn.softplus(jnp.where(_own_text(index, len(texts)), -logits, logits))
-        correct = jnp.argmax(jnp.where(valid, logits, _LEAST), axis=1) == index
-        return carry, (jnp.sum(jnp.where(valid, losses, 0.0), axis=1), correct)
+        losses = jax.nn.softplus(jnp.where(_own_text(len(images), index), -logits, logits))
+        per_pair = per_pair + jnp.sum(jnp.where(valid, losses, 0.0), axis=1)
+        return (_nearest(nearest, jnp.where(valid, logits, _LEAST), index), per_pair), None
 
-    rows = images, jnp.arange(len(images))
-    _, (per_pair, correct) = _by_blocks(block, None, rows, num_chunks)
-    return _mean(per_pair, weights), {"accuracy": _mean(correct.astype(jnp.float32), weights)}
+    rows = _nothing(images), jnp.zeros((len(images),))
+    columns = texts, jnp.arange(len(texts)), valid
+    ((_, closest), per_pair), _ = _by_blocks(block, rows, columns, num_chunks)
+    return _mean(per_pair, weights), _metrics(closest, weights)
 
 
-def _own_text(index: jax.Array, batch: int) -> jax.Array:
-    """Where in its block of logits each image meets its own text: bool [rows, batch]."""
-    return index[:, None] == jnp.arange(batch)
+def _own_text(batch: int, index: jax.Array) -> jax.Array:
+    """Where in a block of the texts `index` each image meets its own: bool [batch, texts]."""
+    return jnp.arange(batch)[:, None] == index
+
+
+def _nothing(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Before the first block of `_nearest`."""
+    return jnp.full((len(images),), _LEAST), jnp.full((len(images),), len(images))
+
+
+def _nearest(
+    nearest: tuple[jax.Array, jax.Array], logits: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(greatest logit, its text) of every row with one more block; of equals the first text."""
+    logits = jax.lax.stop_gradient(logits)
+    greatest, text = logits.max(axis=1), index[jnp.argmax(logits, axis=1)]
+    is_first = (greatest == nearest[0]) & (text < nearest[1])
+    wins = (greatest > nearest[0]) | is_first
+    return jnp.maximum(greatest, nearest[0]), jnp.where(wins, text, nearest[1])
+
+
+def _metrics(closest: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    correct = closest == jnp.arange(len(closest))
+    return {"accuracy": _mean(correct.astype(jnp.float32), weights)}
 
 
 def _weights(weights: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
@@ -131,18 +155,18 @@ def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _by_blocks(
-    block: Callable[..., Any], carry: Any, rows: tuple[jax.Array, ...], num_chunks: int
-) -> Any:
-    """Scans `block` over the rows; outputs come back in the rows' order.
+    block: Callable[..., Any], rows: Any, columns: tuple[jax.Array, ...], num_chunks: int
+) -> tuple[Any, Any]:
+    """Scans `block` over the columns; what it gives for them comes back in their order.
 
-    Block c holds the rows c, c + num_chunks, c + 2 num_chunks ...: where rows are split over
-    devices, every device has its share of every block.
+    Block c holds the columns c, c + num_chunks, c + 2 num_chunks ...: where texts are split over
+    devices, every device has its share of every block, and nothing but that block is gathered.
     """
-    batch = len(rows[0])
+    batch = len(columns[0])
     if num_chunks < 1 or batch % num_chunks:
         raise UserError(f"num_chunks is {num_chunks}; it must divide the batch of {batch}.")
     if num_chunks == 1:
-        return block(carry, rows)
+        return block(rows, columns)
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(batch // num_chunks, num_chunks, *x.shape[1:]).swapaxes(0, 1)
@@ -150,5 +174,12 @@ def _by_blocks(
     def join(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
 
-    carry, outputs = jax.lax.scan(jax.checkpoint(block), carry, jax.tree.map(split, rows))
-    return carry, jax.tree.map(join, outputs)
+    def gathered(rows: Any, columns: tuple[jax.Array, ...]) -> Any:
+        texts, *rest = columns
+        # So the gradient, too, is only whole block by block.
+        texts = spmd.with_logical_constraint(texts, ("batch", None))
+        texts = spmd.with_logical_constraint(texts, (None, None))
+        return block(rows, (texts, *rest))
+
+    rows, outputs = jax.lax.scan(jax.checkpoint(gathered), rows, jax.tree.map(split, columns))
+    return rows, jax.tree.map(join, outputs)

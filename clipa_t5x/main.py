@@ -19,7 +19,7 @@ from clipa_t5x import errors, gin_utils, partitioning
 ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
-GIN_VERBS = ("train", "eval", "schedule", "precompile")
+GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark")
 PLAIN_VERBS = {
     "build": "clipa_t5x.data.build",
     "report": "clipa_t5x.report",
@@ -70,7 +70,7 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "topology",
     None,
-    "precompile: chips to compile for, kind-number: v4-N, v5e-N, v5p-N, v6e-N (compiled), cpu-N "
+    "precompile: chips to compile for, kind-number: v4-N, v5e-N, v5p-N, v6e-N, tpu7x-N, cpu-N "
     "(compiled), gpu-a100-N, gpu-h100-N, gpu-h200-N (from shapes alone). N counts chips. A recipe "
     "that does not fit ends with status 2.",
     flag_values=_FLAGS,
@@ -90,6 +90,10 @@ flags.DEFINE_boolean(
 )
 flags.DEFINE_float(
     "price", None, "precompile: of a chip-hour, for the stage's cost.", lower_bound=0.0,
+    flag_values=_FLAGS,
+)  # fmt: skip
+flags.DEFINE_float(
+    "seconds", 3.0, "benchmark: of one measurement of a stage of the data.", lower_bound=0.0,
     flag_values=_FLAGS,
 )  # fmt: skip
 flags.DEFINE_string(
@@ -179,7 +183,14 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
     start_processes()
     if verb != "precompile":  # A program from the cache would tell no time to compile.
         use_compilation_cache(_FLAGS.compilation_cache_dir)
-    {"train": _train, "eval": _eval, "schedule": _schedule, "precompile": _precompile}[verb]()
+    verbs = {
+        "train": _train,
+        "eval": _eval,
+        "schedule": _schedule,
+        "precompile": _precompile,
+        "benchmark": _benchmark,
+    }
+    verbs[verb]()
 
 
 def _is_ours_or_grave(record: Any) -> bool:
@@ -311,6 +322,14 @@ def _precompile() -> None:
         price=_FLAGS.price,
         output=_FLAGS.output,
     )
+
+
+def _benchmark() -> None:
+    from clipa_t5x.data import benchmark
+
+    unused = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None"]
+    parse_gin(_FLAGS.gin_file, [*unused, *_FLAGS.gin_bindings])
+    print(benchmark.run(gin_utils.build_arguments(ROOT)["train_dataset_cfg"], _FLAGS.seconds))
 
 
 if __name__ == "__main__":

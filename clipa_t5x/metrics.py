@@ -137,9 +137,14 @@ class StepTimer:
         now = time.perf_counter()
         seconds = max(now - self._start - self._paused, 1e-9)
         steps_per_second = (step - self._step) / seconds
+        samples_per_second = steps_per_second * self._batch_size
+        wait_share = min((stalled_seconds - self._stalled) / seconds, 1.0)
+        cores = (os.cpu_count() or 1) * jax.process_count()
         rates = {
-            "samples_per_second": steps_per_second * self._batch_size,
-            "data_wait_share": min((stalled_seconds - self._stalled) / seconds, 1.0),
+            "samples_per_second": samples_per_second,
+            "data_wait_share": wait_share,
+            # What the chips would take of every core of their hosts if they never waited.
+            "data/needed_per_core": samples_per_second / max(1 - wait_share, 1e-3) / cores,
             "seconds_left": (self._total_steps - step) / max(steps_per_second, 1e-9),
         }
         self._step, self._start, self._stalled, self._paused = step, now, stalled_seconds, 0.0
@@ -150,11 +155,24 @@ def log_progress(name: str, step: int, total_steps: int, values: Mapping[str, fl
     """One console line: where the run is, how well, how fast, and how long it will take."""
     logging.info(
         "%s step %d/%d (%d%%) | loss %.4f | accuracy %.3f | scale %.1f | lr %.2e | %.0f images/s | "
-        "data-wait %.0f%% | ETA %s",
+        "data-wait %.0f%%%s | ETA %s",
         name, step, total_steps, 100 * step // total_steps, values["loss"], values["accuracy"],
         values["logit_scale"], values["learning_rate"], values["samples_per_second"],
-        100 * values["data_wait_share"], format_seconds(values["seconds_left"]),
+        100 * values["data_wait_share"], _supply(values), format_seconds(values["seconds_left"]),
     )  # fmt: skip
+
+
+def _supply(values: Mapping[str, float]) -> str:
+    """What the chips ask of each core of the hosts, and what the input pipeline gives; bad records.
+
+    Empty where it was not measured.
+    """
+    text = ""
+    if "data/supplied_per_core" in values:
+        needed, supplied = (values[f"data/{k}_per_core"] for k in ("needed", "supplied"))
+        text = f" (asked {needed:.0f}, given {supplied:.0f} images/s/core)"
+    bad = sum(value for name, value in values.items() if name.startswith("data/bad/"))
+    return text + (f" | {bad:.0f} bad records" if bad else "")
 
 
 def mean(metrics: list[Mapping[str, jax.Array]]) -> dict[str, float]:

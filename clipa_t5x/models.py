@@ -140,7 +140,8 @@ class ClipModel(nn.Module):
 
 def init_params(model: ClipModel, rng: jax.Array, batch: Batch) -> Params:
     """Fresh parameters, boxed with their logical axis names, for batches shaped like `batch`."""
-    return model.init({"params": rng}, batch, train=False)["params"]
+    # The loss has no parameters of its own, and may want a batch of another size.
+    return model.init({"params": rng}, batch, train=False, method="embed")["params"]
 
 
 def step_rngs(rng: jax.Array) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from clipa_t5x import costs, errors, gin_statements, gin_utils, plan_plot, plan_tables
+from clipa_t5x import costs, errors, gin_utils, plan_plot, plan_tables
 from clipa_t5x.plan_tables import StagePlan
 
 # A plan writes nothing of a run and restores nothing.
@@ -42,27 +42,17 @@ def read_recipe(
     from clipa_t5x.data import input_pipeline
 
     input_pipeline.keep_accelerators_for_jax()
-    own = [b for b in bindings if b.partition("=")[0].strip() in schedule.OWN_MACROS]
-    shared = [b for b in bindings if b not in own]
+    own, shared = schedule.split_bindings(bindings)
     stages = []
     for gin_file in gin_files:
         files = [gin_file]
-        if _is_schedule(gin_file, search_paths):
-            settings = [_UNUSED_MODEL_DIR, *own]
-            gin_utils.parse([gin_file], settings, search_paths, root=schedule.ROOT)
-            files = list(gin_utils.get_root(schedule.ROOT)().stages)
+        if schedule.is_schedule(files, search_paths):
+            files = list(schedule.read(files, [_UNUSED_MODEL_DIR, *own], search_paths).stages)
         for file in files:
             settings = [_UNUSED_MODEL_DIR, _NO_CHECKPOINT, *shared]
             gin_utils.parse([file], settings, search_paths, root=schedule.TRAIN_ROOT)
             stages.append(_stage_plan(file, schedule.TRAIN_ROOT))
-    if not stages:
-        raise errors.UserError(f"STAGES of {gin_files[-1]} is empty: list the stages' gin files.")
     return stages
-
-
-def _is_schedule(gin_file: str, search_paths: Sequence[str]) -> bool:
-    statements = gin_statements.read([gin_file], [], search_paths)
-    return any(getattr(s.content, "selector", None) == "STAGES" for s in statements)
 
 
 def _stage_plan(gin_file: str, root: str) -> StagePlan:

@@ -3,7 +3,8 @@
     python -m clipa_t5x.precompile --gin_file=gin/bigG14_stage1.gin --topology=v5e-256
 
 The train step that `train` would run is compiled for a described TPU slice (libtpu; `pip install
-'clipa_t5x[tpu]'`) or for CPU devices; for GPUs only what shapes tell is told.
+'clipa_t5x[tpu]'`) or for CPU devices; for GPUs only what shapes tell is told. A schedule's stages
+are compiled one after the other.
 """
 
 import dataclasses
@@ -18,12 +19,16 @@ from typing import Any
 import jax
 from absl import logging
 
-from clipa_t5x import cost_report, gin_utils, partitioning, step_cost, topologies
+from clipa_t5x import cost_report, gin_utils, partitioning, schedule, step_cost, topologies
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.errors import UserError
 from clipa_t5x.model_info import format_bytes
 
-TRAIN_ROOT = "clipa_t5x.train.train"
+TRAIN_ROOT = schedule.TRAIN_ROOT
+
+# Nothing is written or restored.
+_UNUSED_MODEL_DIR = "MODEL_DIR = 'unused'"
+_NO_CHECKPOINT = "INITIAL_CHECKPOINT_PATH = None"
 
 # What a search varies beside the mesh: macros that change together and their values, those that
 # need the least memory first.
@@ -64,12 +69,22 @@ class Recipe:
         Raises:
           UserError: the configuration is refused.
         """
-        # Nothing is written or restored.
-        unused = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None"]
         own = [f"{name} = {value!r}" for name, value in overrides.items()]
-        bindings = [*unused, *self.bindings, *own]
+        bindings = [_UNUSED_MODEL_DIR, _NO_CHECKPOINT, *self.bindings, *own]
         gin_utils.parse(self.gin_files, bindings, self.search_paths, root=TRAIN_ROOT)
         return gin_utils.build_arguments(TRAIN_ROOT)
+
+    def stages(self) -> list["Recipe"] | None:
+        """Of a schedule its stages in order, None for a stage.
+
+        Raises:
+          UserError: the schedule's own configuration is refused.
+        """
+        if not schedule.is_schedule(self.gin_files, self.search_paths):
+            return None
+        own, shared = schedule.split_bindings(self.bindings)
+        read = schedule.read(self.gin_files, [_UNUSED_MODEL_DIR, *own], self.search_paths)
+        return [Recipe([file], shared, self.search_paths) for file in read.stages]
 
 
 def run(
@@ -85,11 +100,11 @@ def run(
     """Prints what a step of the recipe costs each chip, and writes it as JSON.
 
     Args:
-      recipe: the experiment.
+      recipe: the experiment, or a schedule of several.
       topology_name: see `topologies.parse`.
       effort: 'fast' tells memory, 'default' tells time, too.
       mesh: axis sizes; None for the recipe's own, or all chips on `data`.
-      search: tries settings at fast effort, and ranks those that fit.
+      search: tries settings of one stage at fast effort, and ranks those that fit.
       price: of a chip-hour, in any currency.
       output: path of the JSON; None for `precompile_<recipe>_<topology>.json` here.
 
@@ -101,16 +116,33 @@ def run(
     topology = topologies.parse(topology_name)
     jax.config.update("jax_platforms", "cpu")  # Other chips are described, never used.
     path = pathlib.Path(output or f"precompile_{recipe.name}_{topology.name}.json")
+    stages = recipe.stages()
     if search:
+        if stages:
+            raise UserError(
+                f"--search takes one stage, and {recipe.gin_files[-1]} is a schedule of "
+                f"{len(stages)}: give --gin_file={stages[0].gin_files[0]} or another of them."
+            )
         _search(recipe, topology, path)
         return
-    cost, total_steps = measure(recipe, topology, effort, mesh)
-    stage = cost_report.Stage(recipe.name, total_steps, price)
-    _write(path, cost_report.as_json(cost, stage))
-    print(cost_report.as_text(cost, stage))
+    measured = []
+    for stage in stages or [recipe]:
+        cost, total_steps = measure(stage, topology, effort, mesh)
+        measured.append((cost, cost_report.Stage(stage.name, total_steps, price)))
+        print(cost_report.as_text(*measured[-1]), flush=True)
+    if stages:
+        print(cost_report.schedule_text(recipe.name, measured))
+        _write(path, cost_report.schedule_json(recipe.name, measured))
+    else:
+        _write(path, cost_report.as_json(*measured[0]))
     logging.info("Written to %s.", path)
-    if cost.fits is False:
-        raise UserError(_refusal(recipe, cost))
+    refusals = [
+        _refusal(stage, cost)
+        for stage, (cost, _) in zip(stages or [recipe], measured, strict=True)
+        if cost.fits is False
+    ]
+    if refusals:
+        raise UserError(" ".join(refusals))
 
 
 def measure(
@@ -156,14 +188,14 @@ def _partitioner(
     mesh: Mapping[str, int] | None,
 ) -> partitioning.PjitPartitioner:
     """The recipe's partitioner, on the topology's devices."""
-    chips = topology.num_chips
+    devices_needed = topology.num_devices
     if mesh is None:
-        mesh = given.mesh_shape(chips)
-    elif math.prod(mesh.values()) != chips:
+        mesh = given.mesh_shape(devices_needed)
+    elif math.prod(mesh.values()) != devices_needed:
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.items())
         raise UserError(
             f"--mesh={sizes} has {math.prod(mesh.values())} devices, and {topology.name} has "
-            f"{chips}: choose sizes whose product is {chips}."
+            f"{devices_needed}: choose sizes whose product is {devices_needed}."
         )
     return dataclasses.replace(
         given, devices=devices, intended_mesh=mesh, num_partitions=1, num_replicas=1
@@ -184,19 +216,21 @@ def _refusal(recipe: Recipe, cost: step_cost.StepCost) -> str:
     remedy = "; ".join(found) or "use more chips, or --search for settings that do"
     parts = cost_report.memory_parts(cost)
     greatest = max(parts, key=lambda name: parts[name])
+    where = "chip" if cost.topology.kind.devices_per_chip == 1 else "device"
     return (
         f"{recipe.name} does not fit {cost.topology.name}: at least {format_bytes(over)} too much "
-        f"on each chip, of which {greatest} take {format_bytes(parts[greatest])}. What fits: "
+        f"on each {where}, of which {greatest} take {format_bytes(parts[greatest])}. What fits: "
         f"{remedy}."
     )
 
 
 def _nearest(recipe: Recipe, cost: step_cost.StepCost) -> Iterator[str]:
     """Yields settings that fit, each found by compiling at fast effort; one of each way."""
-    all_data = {"data": cost.topology.num_chips}
+    num_devices = cost.topology.num_devices
+    all_data = {"data": num_devices}
     full = dict.fromkeys(SEARCHED[0][0], "full")
     ways: list[list[tuple[str, topologies.Topology, Any, Overrides]]] = [
-        [(f"--mesh=data={cost.topology.num_chips}", cost.topology, all_data, {})],
+        [(f"--mesh=data={num_devices}", cost.topology, all_data, {})],
         [(_flags(full), cost.topology, cost.mesh, full)],
         [
             (_flags({"NUM_MICROBATCHES": n}), cost.topology, cost.mesh, {"NUM_MICROBATCHES": n})
@@ -247,9 +281,9 @@ class Candidate:
 
 def candidates(recipe: Recipe, topology: topologies.Topology) -> list[Candidate]:
     """Every combination of mesh and searched macros, those of least memory first."""
-    model = recipe.build({})["partitioner"].mesh_shape(topology.num_chips)["model"]
+    model = recipe.build({})["partitioner"].mesh_shape(topology.num_devices)["model"]
     searched = [entry for entry in SEARCHED if _has_macros(entry[0])]
-    rows = topology.num_chips // model
+    rows = topology.num_devices // model
     meshes = [
         {"replica": replicas, "data": rows // replicas, "model": model}
         for replicas in SEARCHED_REPLICAS

@@ -15,7 +15,14 @@ import jax
 from absl import logging
 from etils import epath
 
-from clipa_t5x import checkpoints, errors, gin_utils, run_history, run_summary
+from clipa_t5x import (
+    checkpoints,
+    errors,
+    gin_statements,
+    gin_utils,
+    run_history,
+    run_summary,
+)
 
 ROOT = "clipa_t5x.schedule.Schedule"
 TRAIN_ROOT = "clipa_t5x.train.train"
@@ -80,6 +87,37 @@ class Schedule:
             (directory / run_history.SCHEDULE_FILE).write_text(json.dumps({"stages": names}) + "\n")
 
 
+def is_schedule(gin_files: Sequence[str], search_paths: Sequence[str]) -> bool:
+    """Whether gin files make a schedule rather than a stage: one of them sets STAGES.
+
+    Raises:
+      UserError: a file is missing or cannot be read.
+    """
+    statements = gin_statements.read(gin_files, [], search_paths)
+    return any(getattr(s.content, "selector", None) == "STAGES" for s in statements)
+
+
+def split_bindings(bindings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits overrides into (those of the schedule itself, those of every stage)."""
+    own = [b for b in bindings if b.partition("=")[0].strip() in OWN_MACROS]
+    return own, [b for b in bindings if b not in own]
+
+
+def read(
+    gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+) -> Schedule:
+    """The schedule that gin files and its own overrides make.
+
+    Raises:
+      UserError: they are refused, or name no stages.
+    """
+    gin_utils.parse(gin_files, bindings, search_paths, root=ROOT)
+    schedule: Schedule = gin_utils.get_root(ROOT)()
+    if not schedule.stages:
+        raise errors.UserError(f"STAGES of {gin_files[-1]} is empty: list the stages' gin files.")
+    return schedule
+
+
 def run(
     gin_files: Sequence[str],
     bindings: Sequence[str],
@@ -98,12 +136,8 @@ def run(
       UserError: anything in any stage's configuration is refused, or is not what its MODEL_DIR was
         trained by; no stage has begun then.
     """
-    own = [b for b in bindings if b.partition("=")[0].strip() in OWN_MACROS]
-    shared = [b for b in bindings if b not in own]
-    gin_utils.parse(gin_files, own, search_paths, root=ROOT)
-    schedule: Schedule = gin_utils.get_root(ROOT)()
-    if not schedule.stages:
-        raise errors.UserError(f"STAGES of {gin_files[-1]} is empty: list the stages' gin files.")
+    own, shared = split_bindings(bindings)
+    schedule = read(gin_files, own, search_paths)
 
     def parse(number: int) -> str:
         """Puts a stage's configuration in force and returns it as resolved."""

@@ -3,7 +3,8 @@
 Memory is what XLA's TPU compiler lets a program use, as it states it itself (libtpu 0.0.42.1); peak
 bfloat16 FLOP/s are those of Google's "Cloud TPU system architecture" pages and NVIDIA's data
 sheets, dense. A TPU's clock is its peak over the operations of its matrix units in one cycle; of
-these the compiler's cost model uses 78 % (v6e) to 94 % (v4) in a large bfloat16 product.
+these the compiler's cost model uses 78 % (v6e) to 94 % (v4) in a large bfloat16 product. How many
+a tpu7x has is not published, nor is its clock: no time is told for it.
 """
 
 import contextlib
@@ -25,11 +26,13 @@ class Kind:
 
     Attributes:
       name: as topology names spell it.
-      hbm_bytes: memory that a program may use on one chip; None where it is the machine's.
+      hbm_bytes: memory that a program may use on one device; None where it is the machine's.
       peak_flops: bfloat16 operations per second of one chip; None where not stated.
-      macs_per_cycle: multiply-accumulates of one chip's matrix units in a cycle; TPUs only.
+      macs_per_cycle: multiply-accumulates of one chip's matrix units in a cycle; 0 where not known.
       torus_dims: 2 or 3 dimensions of the network; 0 for kinds that are no TPU.
       accelerator_type: what libtpu calls one host of them.
+      chip_config: how libtpu sees the cores of a chip: 'megacore' for one device of two.
+      devices_per_chip: how many devices a program sees on one chip, each with its own memory.
     """
 
     name: str
@@ -38,10 +41,12 @@ class Kind:
     macs_per_cycle: int = 0
     torus_dims: int = 0
     accelerator_type: str = ""
+    chip_config: str = "default"
+    devices_per_chip: int = 1
 
     @property
     def clock(self) -> float | None:
-        """Cycles per second; None where the kind is no TPU."""
+        """Cycles per second; None where the kind is no TPU, or its matrix units are not known."""
         if not (self.macs_per_cycle and self.peak_flops):
             return None
         return self.peak_flops / (2 * self.macs_per_cycle)
@@ -50,10 +55,11 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("v4", 30.75 * GIB, 275e12, 8 * 128**2, 3, "v4-8"),
+        Kind("v4", 30.75 * GIB, 275e12, 8 * 128**2, 3, "v4-8", "megacore"),
         Kind("v5e", 15.75 * GIB, 197e12, 4 * 128**2, 2, "v5litepod-4"),
-        Kind("v5p", 95.74 * GIB, 459e12, 8 * 128**2, 3, "v5p-8"),
+        Kind("v5p", 95.74 * GIB, 459e12, 8 * 128**2, 3, "v5p-8", "megacore"),
         Kind("v6e", 31.25 * GIB, 918e12, 4 * 256**2, 2, "v6e-4"),
+        Kind("tpu7x", 94.75 * GIB, 2307e12, 0, 3, "tpu7x-8", devices_per_chip=2),
         Kind("gpu-a100", 79.25 * GIB, 312e12),
         Kind("gpu-h100", 79.65 * GIB, 989e12),
         Kind("gpu-h200", 140.4 * GIB, 989e12),
@@ -76,7 +82,7 @@ class Topology:
 
     Attributes:
       kind: the chips.
-      num_chips: how many; also the number of devices that a program sees.
+      num_chips: how many.
       shape: of a TPU's network, () for others.
     """
 
@@ -89,6 +95,11 @@ class Topology:
         """'v5e-256'."""
         return f"{self.kind.name}-{self.num_chips}"
 
+    @property
+    def num_devices(self) -> int:
+        """How many devices a program sees."""
+        return self.num_chips * self.kind.devices_per_chip
+
     def larger(self) -> list["Topology"]:
         """Those of the same kind with more chips, the smallest first."""
         if self.shape:
@@ -99,10 +110,10 @@ class Topology:
         """Devices to compile for: of the CPU real ones, of a TPU slice descriptions.
 
         Returns:
-          `num_chips` devices, or None for kinds that nothing can be compiled for here.
+          `num_devices` devices, or None for kinds that nothing can be compiled for here.
 
         Raises:
-          UserError: libtpu is missing, or jax has started with fewer CPU devices.
+          UserError: libtpu is missing or too old, or jax has started with fewer CPU devices.
         """
         if self.kind.torus_dims:
             return _describe_tpu_slice(self)
@@ -155,8 +166,8 @@ def _tpu_slices(kind: Kind) -> list[Topology]:
 def wraps(topology: Topology) -> tuple[bool, ...]:
     """Which dimensions of a TPU's network are rings; always three of them.
 
-    v4 and v5p connect blocks of 4 x 4 x 4 optically, so that a slice of whole blocks is a torus;
-    v5e and v6e are rings only along the pod's full 16 chips.
+    v4, v5p and tpu7x connect blocks of 4 x 4 x 4 optically, so that a slice of whole blocks is a
+    torus; v5e and v6e are rings only along the pod's full 16 chips.
     """
     if topology.kind.torus_dims == 3:
         return (all(size % 4 == 0 for size in topology.shape),) * 3
@@ -187,23 +198,31 @@ def _describe_tpu_slice(topology: Topology) -> Sequence[Any]:
 
     prepare_environment(topology.kind)
     try:
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import libtpu  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"--topology={topology.name} compiles with libtpu, which is not installed: "
             "pip install 'clipa_t5x[tpu]' --constraint constraints.txt"
         ) from error
-    # One device for the two cores of a v4 or v5p chip, as on real ones.
-    megacore = topology.kind.torus_dims == 3
     sizes = "x".join(map(str, topology.shape))
-    return jax_topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=f"{topology.kind.name}:{sizes}",
-        chip_config_name="megacore" if megacore else "default",
-        chips_per_host_bounds=(1, 1, 1) if topology.num_chips == 1 else (2, 2, 1),
-        num_slices=1,
-        wrap=wraps(topology),
-    ).devices
+    try:
+        return jax_topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{topology.kind.name}:{sizes}",
+            chip_config_name=topology.kind.chip_config,
+            chips_per_host_bounds=(1, 1, 1) if topology.num_chips == 1 else (2, 2, 1),
+            num_slices=1,
+            wrap=wraps(topology),
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        # Of a kind that it has never heard of it says so; anything else is not the user's doing.
+        if "Invalid TPU external name" not in str(error):
+            raise
+        raise UserError(
+            f"--topology={topology.name}: libtpu {libtpu.__version__} does not know "
+            f"{topology.kind.name}: install a later one (pip install --upgrade libtpu), or name "
+            "another kind."
+        ) from error
 
 
 def _cpu_devices(count: int) -> Sequence[Any]:

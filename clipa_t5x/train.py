@@ -107,7 +107,7 @@ def train(
         for step, state, step_metrics in updates:
             progress.add(step_metrics)
             if step % stats_period == 0 or step == total_steps:
-                progress.log(step)
+                progress.log(step, batches.statistics())
             if step % eval_period == 0 or step == total_steps:
                 progress.timer.pause(evaluate(step, state.params, step == total_steps))
             if checkpointer.is_due(step, total_steps):
@@ -280,8 +280,8 @@ class Progress:
             )
         return means
 
-    def log(self, step: int) -> None:
-        """Writes the means over the steps since the last call.
+    def log(self, step: int, data_statistics: Mapping[str, float]) -> None:
+        """Writes the means over the steps since the last call, and what the input pipeline says.
 
         Raises:
           UserError: as `check_finite`.
@@ -289,7 +289,7 @@ class Progress:
         means = self.check_finite(step)
         self._pending.clear()
         rates = self.timer.lap(step, self.clock.stalled_seconds)
-        values = {**means, **rates}
+        values = {**means, **rates, **data_statistics}
         metrics.log_progress(self._info.resolution, step, self._info.total_steps, values)
         del values["seconds_left"]
         values["samples"] = step * self._info.batch_size
@@ -359,13 +359,12 @@ def eval_loss(
     """Mean loss and in-batch accuracy over one pass, batches weighted by their examples."""
     sums: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
     total = 0.0
-    count = input_pipeline.num_examples(cfg)
-    for step, (_, batch) in enumerate(input_pipeline.eval_batches(cfg, layout)):
-        examples = min(cfg.batch_size, count - step * cfg.batch_size)
+    for _, batch in input_pipeline.eval_batches(cfg, layout):
+        examples = float(batch["weights"].sum())
         values = jax.device_get(trainer.eval_step(params, batch))
         sums = {name: sums[name] + float(values[name]) * examples for name in sums}
         total += examples
-    return {name: value / total for name, value in sums.items()}
+    return {name: value / max(total, 1.0) for name, value in sums.items()}
 
 
 def write_model_info(

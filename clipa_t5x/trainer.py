@@ -68,6 +68,7 @@ class Trainer:
     Attributes:
       state_shardings: a NamedSharding for every array of the train state.
       abstract_state: shapes, dtypes and shardings of the train state; no memory is allocated.
+      num_microbatches: how many parts of the batch the train step runs one after the other.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Trainer:
         microbatching.check_num_microbatches(
             num_microbatches, batch_size, partitioner.num_batch_parts(self.mesh)
         )
-        self._batch_spec, self._num_microbatches = batch_spec, num_microbatches
+        self._batch_spec, self.num_microbatches = batch_spec, num_microbatches
         self._augment = augment
         init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
         self._init_params = lambda rng: nn.unbox(init(rng))
@@ -180,7 +181,7 @@ class Trainer:
                 train_step,
                 model=self._model,
                 optimizer=self._optimizer,
-                num_microbatches=self._num_microbatches,
+                num_microbatches=self.num_microbatches,
                 augment=self._augment,
             ),
             donate_argnums=0,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipa_t5x import losses, partitioning
+from clipa_t5x import hlo_analysis, losses, partitioning
 
 SCALE = 1 / 0.07
 
@@ -110,6 +110,25 @@ def test_chunks_bound_the_memory(loss):
     assert chunked < plain / 8
 
 
+@BOTH
+def test_chunks_gather_every_text_but_once_a_pass(loss):
+    batch, joint, num_chunks = 512, 32, 16
+    partitioner = partitioning.PjitPartitioner()
+    sharding = partitioner.batch_sharding()
+    x = jax.ShapeDtypeStruct((batch, joint), jnp.float32, sharding=sharding)
+
+    def run(x, y):
+        return loss(x, y, num_chunks=num_chunks)[0]
+
+    with partitioner.activate():
+        grad = jax.jit(jax.grad(run, (0, 1)), out_shardings=sharding)
+        text = grad.lower(x, x).compile().as_text()
+    gathered = hlo_analysis.analyze(text).collectives["all-gather"]
+    # Forward, and again for the backward pass; and never all at once.
+    assert gathered.bytes <= 2 * 1.1 * 4 * batch * joint
+    assert gathered.bytes / gathered.count <= 4 * batch * joint / num_chunks
+
+
 def test_sigmoid_contrastive_is_the_papers():
     images, texts = _unit(12, 8, 0), _unit(12, 8, 1)
     logits = SCALE * images.astype(np.float64) @ texts.astype(np.float64).T - 10.0
@@ -186,13 +205,14 @@ def test_weights_of_zero_throughout_give_a_loss_of_zero():
     ],
     ids=["identical captions", "zero embeddings"],
 )
-def test_batches_that_tell_nothing_have_finite_gradients(images, texts):
-    def loss(x, y, s):
-        return _loss(x, y, s)[0]
+@BOTH
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_batches_that_tell_nothing_have_finite_gradients(loss, num_chunks, images, texts):
+    def run(x, y, s):
+        return loss(x, y, s, num_chunks=num_chunks)[0]
 
-    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    value, grads = value_and_grad(images, texts, 100.0)
-    assert value >= math.log(8) - 1e-5
+    value, grads = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(images, texts, 100.0)
+    assert np.isfinite(value) and (loss is _sigmoid or value >= math.log(8) - 1e-5)
     assert all(np.all(np.isfinite(g)) for g in grads)
 
 
@@ -206,6 +226,13 @@ def test_random_embeddings_cost_about_the_logarithm_of_the_batch():
     batch, joint = 512, 512
     loss, _ = _loss(_unit(batch, joint, 0), _unit(batch, joint, 1))
     assert float(loss) == pytest.approx(math.log(batch) + SCALE**2 / (2 * joint), abs=0.1)
+
+
+@BOTH
+def test_of_equally_near_texts_the_first_counts_in_chunks_too(loss):
+    same = np.tile(_unit(1, 4, 0), (8, 1))
+    for num_chunks in (1, 2, 8):
+        assert float(loss(same, same, num_chunks=num_chunks)[1]["accuracy"]) == 1 / 8
 
 
 def test_accuracy_counts_images_nearest_to_their_own_text():

@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import os
 import threading
 import time
 
@@ -114,24 +115,38 @@ def clock(monkeypatch):
     return clock
 
 
+CORES = os.cpu_count()
+
+
 def test_step_timer_arithmetic(clock):
     timer = metrics.StepTimer(first_step=20, total_steps=100, batch_size=64)
     clock.now += 5
     assert timer.lap(30, 1.0) == pytest.approx(
-        {"samples_per_second": 10 / 5 * 64, "data_wait_share": 1 / 5, "seconds_left": 70 / 2}
+        {
+            "samples_per_second": 10 / 5 * 64,
+            "data_wait_share": 1 / 5,
+            "seconds_left": 70 / 2,
+            "data/needed_per_core": 10 / 4 * 64 / CORES,
+        }
     )
     # Only what happened since counts: 8 seconds, of which 3 were an evaluation's.
     clock.now += 8
     timer.pause(1)
     timer.pause(2)
     assert timer.lap(50, 1.5) == pytest.approx(
-        {"samples_per_second": 20 / 5 * 64, "data_wait_share": 0.5 / 5, "seconds_left": 50 / 4}
+        {
+            "samples_per_second": 20 / 5 * 64,
+            "data_wait_share": 0.5 / 5,
+            "seconds_left": 50 / 4,
+            "data/needed_per_core": 20 / 4.5 * 64 / CORES,
+        }
     )
     clock.now += 2
     rates = timer.lap(100, 100.0)
     assert rates == pytest.approx(
-        {"samples_per_second": 25 * 64, "data_wait_share": 1.0, "seconds_left": 0}
-    )
+        {"samples_per_second": 25 * 64, "data_wait_share": 1.0, "seconds_left": 0,
+         "data/needed_per_core": 25_000 * 64 / CORES}
+    )  # fmt: skip
 
 
 def test_step_timer_survives_a_lap_without_time(clock):
@@ -226,4 +241,20 @@ def test_progress_is_one_line(caplog):
     assert record.getMessage() == (
         "84 px / 8 tokens step 50/200 (25%) | loss 1.2346 | accuracy 0.457 | scale 14.3 | "
         "lr 2.05e-03 | 1234 images/s | data-wait 3% | ETA 1:02:03"
+    )
+
+
+def test_progress_tells_of_supply_and_of_bad_records(caplog):
+    values = {
+        "loss": 1.0, "accuracy": 0.5, "logit_scale": 14.28, "learning_rate": 1e-3,
+        "samples_per_second": 100.0, "data_wait_share": 0.5, "seconds_left": 60.0,
+        "data/needed_per_core": 100.2, "data/supplied_per_core": 49.6, "data/bad/not_an_image": 2.0,
+        "data/bad/empty_caption": 1.0, "data/mended/CMYK": 9.0,
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="absl"):
+        metrics.log_progress("84 px", 1, 2, values)
+    assert (
+        caplog.records[0]
+        .getMessage()
+        .endswith("| data-wait 50% (asked 100, given 50 images/s/core) | 3 bad records | ETA 1:00")
     )

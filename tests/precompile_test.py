@@ -27,12 +27,44 @@ def test_the_command_ends_in_a_table_and_a_file(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "digits_stage1 on cpu-8, mesh replica=1, data=8, model=1: a step, per chip" in out
     record = json.loads((tmp_path / "precompile_digits_stage1_cpu-8.json").read_text())
-    compiled, analytic = record["compiled_per_chip"], record["analytic_per_chip"]
+    compiled, analytic = record["compiled_per_device"], record["analytic_per_device"]
     assert record["mesh"] == {"replica": 1, "data": 8, "model": 1} and record["fits"] is None
     assert record["stage"]["steps"] == 600
     # Data parallel: the gradients are added up over all chips, at least once.
     assert compiled["collectives"]["all-reduce"]["bytes"] >= analytic["param_bytes"]
-    assert record["needed_bytes_per_chip"] > analytic["param_bytes"] * 3
+    assert record["needed_bytes_per_device"] > analytic["param_bytes"] * 3
+
+
+def _schedule(*bindings):
+    """Two short stages; their files are found from the repository."""
+    stages = [str(experiments.GIN / f"digits_stage{n}.gin") for n in (1, 2)]
+    return precompile.Recipe(
+        [str(experiments.GIN / "digits.gin")],
+        [f"STAGES = {stages!r}", *experiments.MINIATURE, *bindings],
+        [str(experiments.GIN)],
+    )
+
+
+def test_a_schedule_is_all_of_its_stages(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    precompile.run(_schedule("TRAIN_SAMPLES = 6400"), topology_name="cpu-8", price=2.0)
+    record = json.loads((tmp_path / "precompile_digits_cpu-8.json").read_text())
+    assert [stage["recipe"] for stage in record["stages"]] == ["digits_stage1", "digits_stage2"]
+    assert [stage["stage"]["steps"] for stage in record["stages"]] == [100, 100]
+    # Each with its own pixels and tokens.
+    batches = [stage["analytic_per_device"]["batch_bytes"] for stage in record["stages"]]
+    assert batches[0] < batches[1]
+    # The CPU has no cycles to tell.
+    assert record["total"] == {"chip_hours": None, "price_per_chip_hour": 2.0, "cost": None}
+    out = capsys.readouterr().out
+    assert out.count("a step, per chip") == 2 and "digits on cpu-8, at 2 a chip-hour" in out
+
+
+def test_a_search_takes_one_stage(tmp_path):
+    with pytest.raises(errors.UserError, match="--search takes one stage.*digits_stage1.gin"):
+        precompile.run(_schedule(), topology_name="cpu-8", search=True)
+    with pytest.raises(errors.UserError, match="STAGES of .*digits.gin is empty"):
+        precompile.run(_schedule("STAGES = []"), topology_name="cpu-8")
 
 
 def test_gpus_are_told_by_shapes_alone():
@@ -42,6 +74,7 @@ def test_gpus_are_told_by_shapes_alone():
     assert on_4.analytic.batch_bytes == 2 * on_8.analytic.batch_bytes
     assert on_4.analytic.model_flops == 2 * on_8.analytic.model_flops
     assert on_8.analytic.flops == on_8.analytic.model_flops
+    assert 2 * on_8.analytic.activation_bytes == pytest.approx(on_4.analytic.activation_bytes, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +114,8 @@ def test_what_does_not_fit_says_what_would(small_chips, tmp_path, capsys):
         )
     found = re.fullmatch(
         r"digits_stage1 does not fit cpu-2: at least 1 B too much on each chip, of which "
-        r"(temporaries|optimizer state) take \S+ \S+\. What fits: (.*)\.", str(refused.value)
+        r"(activations, gradients, gathered parameters|optimizer state) take \S+ \S+\. "
+        r"What fits: (.*)\.", str(refused.value)
     )  # fmt: skip
     assert found, str(refused.value)
     # Half the rows on every chip.
@@ -100,7 +134,7 @@ def test_a_search_ranks_what_fits(small_chips, tmp_path, capsys, monkeypatch):
     rows = json.loads(path.read_text())["fits"]
     assert len(rows) == 2
     assert "IMAGE_REMAT_POLICY=\"'none'\"" in rows[0]["flags"]
-    assert rows[0]["flops_per_chip"] < rows[1]["flops_per_chip"]
+    assert rows[0]["flops_per_device"] < rows[1]["flops_per_device"]
     assert capsys.readouterr().out.count("--gin.MESH=") == 2
 
 

@@ -34,6 +34,17 @@ def test_analytic_figures_are_those_of_one_chip(make):
     assert alone.param_bytes / 8 < split.param_bytes < alone.param_bytes / 2
 
 
+def test_activations_shrink_with_rematerialisation_and_microbatches(make, tiny_model, tiny_batch):
+    kept, again = (step_cost.analyze(*make(r)).activation_bytes for r in ("none", "full"))
+    model, subject = make()
+    params, batch = subject.abstract_state.params, subject.abstract_batch
+    # Of every block at least its input: rows x tokens x width in float32, on 8 devices.
+    assert 0 < again < kept / 2
+    halves = step_cost.activation_bytes(model, params, batch, 2)
+    # But for the logits, which are squared.
+    assert halves / 8 == pytest.approx(kept / 2, rel=0.05)
+
+
 def test_model_operations_are_those_that_a_plan_counts(make):
     """Which leaves out the loss, and counts a gradient of pixels that nobody takes."""
     model, subject = make()
@@ -53,6 +64,9 @@ def test_compiled_figures_come_from_the_program(make):
     compiled = step_cost.compile_step(subject, "fast")
     assert compiled.peak_bytes and compiled.temp_bytes and compiled.seconds > 0
     assert compiled.cycles is None
+    # Parameters and moments are read and written at least once.
+    analytic = step_cost.analyze(*make())
+    assert compiled.bytes_accessed and compiled.bytes_accessed > 6 * analytic.param_bytes
     # Every kernel that is split is gathered at least once.
     assert compiled.collectives["all-gather"].bytes > 0
     assert jax.config.jax_exec_time_optimization_effort == 0

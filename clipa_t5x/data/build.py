@@ -1,317 +1,90 @@
-"""Builds a small data set: `python -m clipa_t5x.data.build shapes --output_dir=data/shapes`.
+"""Makes data sets: converts one's own, looks into them, and writes the two embedded ones.
+
+    python -m clipa_t5x.data.build convert --source=DIR --pattern='*.tar' --output_dir=data/mine
+    python -m clipa_t5x.data.build inspect data/mine --output=grid.png
+    python -m clipa_t5x.data.build shapes --output_dir=data/shapes
 
 And for a vocabulary of one's own, the table that TEXT_REDUCTION = 'syntax' reads:
 `python -m clipa_t5x.data.build tags --vocabulary_path=data/vocab.txt`, see `word_classes`.
 
-A data set is what img2dataset would have left behind, so the small data sets and a web crawl are
-read along one path:
-
-    <output_dir>/<split>/00000.tfrecord    tf.Examples of key, jpg, txt, width, height and labels
-    <output_dir>/vocab.txt                 WordPiece vocabulary, one token per line
-    <output_dir>/vocab.tags.json           its nouns, adjectives and verbs
-    <output_dir>/classes/<name>.txt        class names, the line number is the label
-    <output_dir>/templates/<name>.txt      zero-shot prompt templates
-    <output_dir>/manifest.json             arguments, and records and SHA-256 of every shard
-
-The data set appears at once, when it is complete: it is written beside its place, then renamed.
+This module knows the command line; see `conversion`, `inspection` and `embedded` for the rest.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import functools
-import json
 import os
-import pathlib
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from clipa_t5x.data import digits, record_writer, shapes, word_classes, wordpiece
-from clipa_t5x.data import progress as progress_lib
+from clipa_t5x.data import embedded, word_classes
 from clipa_t5x.errors import UserError
 
-# Raised whenever the same arguments give other bytes than before.
-GENERATOR_VERSION = 1
-_GENERATOR = "clipa_t5x.data.build"
-_MANIFEST = "manifest.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """What is to be built.
-
-    Attributes:
-      name: the data set's name.
-      arguments: everything that the data depends on, as the manifest tells it.
-      splits: by name, the number of records and a function that yields their features.
-      class_lists: class names by the name of the list.
-      template_lists: prompt templates by the name of the list.
-      phrases: texts that hold every word of the captions.
-      words: the captions' words by the name of their class, see `word_classes.NAMES`.
-    """
-
-    name: str
-    arguments: Mapping[str, int]
-    splits: Mapping[str, tuple[int, Callable[[], Iterator[record_writer.Features]]]]
-    class_lists: Mapping[str, Sequence[str]]
-    template_lists: Mapping[str, Sequence[str]]
-    phrases: Sequence[str]
-    words: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-
-
-def build(
-    dataset: Dataset,
-    output_dir: str | os.PathLike[str],
-    *,
-    num_shards: int = 8,
-    overwrite: bool = False,
-    progress_stream: TextIO | None = None,
-) -> dict[str, Any] | None:
-    """Writes a data set.
-
-    Args:
-      dataset: what to write.
-      output_dir: where; a local directory that is missing, empty, or holds a data set.
-      num_shards: files per split.
-      overwrite: replace another data set found there.
-      progress_stream: where to report progress; standard error if None.
-
-    Returns:
-      The manifest; None if this very data set is there already.
-
-    Raises:
-      UserError: the place is taken, or is not a local directory.
-    """
-    # A link is followed, so that the data set lands on the disk that the link points to.
-    target = pathlib.Path(os.path.realpath(output_dir))
-    if "://" in os.fspath(output_dir) or (target.exists() and not target.is_dir()):
-        raise UserError(
-            f"--output_dir={output_dir} is not a local directory: "
-            "build into one, then copy the result where it is to go"
-        )
-    arguments = {**dataset.arguments, "num_shards": num_shards}
-    if _holds(target, dataset.name, arguments):
-        return None
-    _check_place(target, output_dir, overwrite)
-
-    total = sum(num_records for num_records, _ in dataset.splits.values())
-    progress = progress_lib.Progress(total, progress_stream or sys.stderr)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    with _removed_at_exit(unfinished):
-        unfinished.mkdir()
-        manifest = _write(dataset, arguments, unfinished, progress)
-        _swap_in(unfinished, target)
-    return manifest
-
-
-def _read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(manifest, dict) and manifest.get("generator") == _GENERATOR
-    return manifest if ours else None
-
-
-def _holds(directory: pathlib.Path, name: str, arguments: Mapping[str, int]) -> bool:
-    manifest = _read_manifest(directory)
-    if manifest is None:
-        return False
-    found = tuple(manifest.get(k) for k in ("name", "generator_version", "arguments"))
-    if found != (name, GENERATOR_VERSION, arguments):
-        return False
-    return all(
-        (directory / split / shard["file"]).is_file()
-        for split, facts in manifest["splits"].items()
-        for shard in facts["shards"]
-    )
-
-
-def _check_place(target: pathlib.Path, output_dir: str | os.PathLike[str], overwrite: bool) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        return
-    manifest = _read_manifest(target)
-    if manifest is None:
-        # Replacing means deleting; what this command has not written is not its to delete.
-        raise UserError(
-            f"--output_dir={output_dir} holds files that are no data set of this command: "
-            "choose an empty or new directory (--overwrite replaces data sets only)"
-        )
-    if not overwrite:
-        raise UserError(
-            f"--output_dir={output_dir} holds another data set ({manifest.get('name')}, version "
-            f"{manifest.get('generator_version')}, {_spell(manifest.get('arguments'))}) or an "
-            "incomplete one: pass --overwrite to replace it, or choose another directory"
-        )
-
-
-def _spell(arguments: Any) -> str:
-    if not isinstance(arguments, dict):
-        return "arguments unknown"
-    return " ".join(f"{name}={value}" for name, value in arguments.items())
-
-
-@contextlib.contextmanager
-def _removed_at_exit(directory: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _swap_in(finished: pathlib.Path, target: pathlib.Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        finished.replace(target)
-        return
-    replaced = target.with_name(f"{finished.name}-replaced")
-    target.replace(replaced)
-    finished.replace(target)
-    shutil.rmtree(replaced)
-
-
-def _write(
-    dataset: Dataset,
-    arguments: Mapping[str, int],
-    directory: pathlib.Path,
-    progress: progress_lib.Progress,
-) -> dict[str, Any]:
-    texts = [
-        *dataset.phrases,
-        *(name for names in dataset.class_lists.values() for name in names),
-        *(t.replace("{}", "") for lines in dataset.template_lists.values() for t in lines),
-    ]
-    vocabulary = wordpiece.build_vocabulary(texts)
-    vocabulary_path = directory / "vocab.txt"
-    wordpiece.write_vocabulary(vocabulary_path, vocabulary)
-    classes = word_classes.classify_listed(vocabulary, dataset.words)
-    word_classes.write(str(vocabulary_path), classes, "builtin", str(GENERATOR_VERSION))
-    for folder, lists in (("classes", dataset.class_lists), ("templates", dataset.template_lists)):
-        (directory / folder).mkdir()
-        for name, lines in lists.items():
-            text = "".join(f"{line}\n" for line in lines)
-            (directory / folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
-    splits = {
-        split: _write_split(
-            directory / split, make_features(), arguments["num_shards"], set(vocabulary), progress
-        )
-        for split, (_, make_features) in dataset.splits.items()
-    }
-    manifest = {
-        "generator": _GENERATOR,
-        "generator_version": GENERATOR_VERSION,
-        "name": dataset.name,
-        "seed": arguments["seed"],
-        "arguments": dict(arguments),
-        "splits": splits,
-    }
-    text = json.dumps(manifest, indent=2) + "\n"
-    (directory / _MANIFEST).write_text(text, encoding="utf-8", newline="\n")
-    return manifest
-
-
-def _write_split(
-    directory: pathlib.Path,
-    examples: Iterator[record_writer.Features],
-    num_shards: int,
-    vocabulary: set[str],
-    progress: progress_lib.Progress,
-) -> dict[str, Any]:
-    lengths = []
-
-    def records() -> Iterator[bytes]:
-        for features in examples:
-            caption = str(features["txt"])
-            unknown = set(wordpiece.basic_tokenize(caption)).difference(vocabulary)
-            if unknown:
-                raise AssertionError(f"phrases() lacks {sorted(unknown)} of {caption!r}")
-            lengths.append(len(caption.split()))
-            progress.count()
-            yield record_writer.serialize(features)
-
-    shards = record_writer.write_shards(directory, records(), num_shards)
-    return {
-        "records": len(lengths),
-        "caption_words": {
-            "min": min(lengths),
-            "mean": round(sum(lengths) / len(lengths), 3),
-            "max": max(lengths),
-        },
-        "shards": [dataclasses.asdict(shard) for shard in shards],
-    }
-
-
-def shapes_dataset(
-    *,
-    num_train: int = 16_000,
-    num_validation: int = 1_000,
-    num_zeroshot: int = 1_024,
-    image_size: int = 64,
-    seed: int = 0,
-    num_workers: int = 0,
-) -> Dataset:
-    """Returns the data set of procedural scenes, see `shapes`.
-
-    Args:
-      num_train: scenes of the training combinations.
-      num_validation: scenes that show held-out combinations.
-      num_zeroshot: single objects of held-out combinations, with labels.
-      image_size: the side of the images, in pixels.
-      seed: the seed of everything random.
-      num_workers: processes to render in; the data does not depend on it.
-    """
-    sizes = {"train": num_train, "validation": num_validation, "zeroshot": num_zeroshot}
-    options = {"image_size": image_size, "seed": seed}
-    return Dataset(
-        name="shapes",
-        arguments={**{f"num_{split}": size for split, size in sizes.items()}, **options},
-        splits={
-            split: (
-                size,
-                functools.partial(shapes.examples, split, size, num_workers=num_workers, **options),
-            )
-            for split, size in sizes.items()
-        },
-        class_lists=shapes.class_lists(),
-        template_lists=shapes.template_lists(),
-        phrases=shapes.phrases(),
-        words=shapes.word_classes(),
-    )
-
-
-def digits_dataset(*, image_size: int = 32, seed: int = 0) -> Dataset:
-    """Returns the data set of scikit-learn's handwritten digits, see `digits`.
-
-    Args:
-      image_size: the side of the images, in pixels.
-      seed: chooses the captions' phrasings.
-    """
-    options = {"image_size": image_size, "seed": seed}
-    return Dataset(
-        name="digits",
-        arguments=options,
-        splits={
-            split: (size, functools.partial(digits.examples, split, **options))
-            for split, size in digits.SPLITS.items()
-        },
-        class_lists=digits.class_lists(),
-        template_lists=digits.template_lists(),
-        phrases=digits.phrases(),
-        words=digits.word_classes(),
-    )
-
-
-_MAKERS: dict[str, Callable[..., Dataset]] = {"shapes": shapes_dataset, "digits": digits_dataset}
 _LEAST = {"image_size": 8, "seed": 0, "num_workers": 0}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m clipa_t5x.data.build", description="Builds a small data set."
+        prog="python -m clipa_t5x.data.build", description="Makes data sets, and looks into them."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{shapes,digits,tags}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{convert,inspect,shapes,digits,tags}"
+    )
+    _add_convert(commands)
+    _add_inspect(commands)
+    _add_embedded(commands)
+    _add_tags(commands)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser("convert", help="a split of any format to TFRecord or ArrayRecord")
+    for option, default, meaning in (
+        ("source", None, "folder of the shards, or one file"),
+        ("output_dir", None, "where the data set goes; it may hold other converted splits"),
+        ("pattern", "", "glob pattern of the shards under source (all of a known format)"),
+        ("split", "train", "name of what is written (train)"),
+        ("image_key", "jpg;jpeg;png;webp", "the image's field; of several the first there is"),
+        ("label_key", "", "the label's field, an integer (none)"),
+    ):
+        parser.add_argument(f"--{option}", required=default is None, default=default, help=meaning)
+    parser.add_argument(
+        "--caption_key",
+        action="append",
+        help="a caption's field, again for each further one; the first is written as txt (txt)",
+    )
+    parser.add_argument(
+        "--output_format",
+        choices=["array_record", "tfrecord"],
+        default="array_record",
+        help="of the shards written (array_record)",
+    )
+    for option, default, meaning in (
+        ("short_side", None, "shrink larger images to this many pixels on their short side"),
+        ("quality", 95, "of JPEGs that are encoded anew (95)"),
+        ("records_per_shard", 10_000, "records of the input per shard (10000)"),
+        ("num_workers", os.cpu_count(), "processes; the output does not depend on it (cores)"),
+    ):
+        parser.add_argument(f"--{option}", type=int, default=default, help=meaning)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew where arguments have changed"
+    )
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="what is in a shard, a split or a data set")
+    parser.add_argument("path", help="a shard, a folder of shards, or a data set's folder")
+    parser.add_argument("--num", type=int, default=36, help="pictures of the grid (36)")
+    parser.add_argument("--output", default="", help="where the picture grid goes, a PNG (nowhere)")
+    parser.add_argument("--image_key", default="", help="the image's field (by its usual names)")
+    parser.add_argument(
+        "--caption_key", action="append", help="a caption's field (by its usual names)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="look at every record, and compare checksums"
+    )
+
+
+def _add_embedded(commands: Any) -> None:
     shapes_parser = commands.add_parser("shapes", help="procedural scenes of patterned shapes")
     digits_parser = commands.add_parser("digits", help="scikit-learn's handwritten digits")
     # Options that are left out keep the defaults of the functions above.
@@ -335,8 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--overwrite", action="store_true", help="replace another data set in output_dir"
         )
-    _add_tags(commands)
-    return parser
 
 
 def _add_tags(commands: Any) -> None:
@@ -366,22 +137,72 @@ def _tag(vocabulary_path: str, tagger: str) -> None:
 
 def _run(arguments: dict[str, Any]) -> None:
     name = arguments.pop("command")
-    if name == "tags":
+    if name == "convert":
+        _convert(arguments)
+    elif name == "inspect":
+        _inspect(arguments)
+    elif name == "tags":
         _tag(**arguments)
     else:
         _build(name, arguments)
 
 
-def _build(name: str, arguments: dict[str, Any]) -> None:
-    output_dir = arguments.pop("output_dir")
-    overwrite, num_shards = arguments.pop("overwrite"), arguments.pop("num_shards")
-    for option, value in {**arguments, "num_shards": num_shards}.items():
-        if value < _LEAST.get(option, 1):
+def _convert(arguments: dict[str, Any]) -> None:
+    from clipa_t5x.data import conversion, shard_conversion  # only here: they take TensorFlow
+
+    _check_least(arguments)
+    if arguments["quality"] > 100:
+        raise UserError(f"--quality={arguments['quality']} is too great: give at most 100")
+    keys = ["txt"] if arguments["caption_key"] is None else arguments["caption_key"]
+    options = shard_conversion.Options(
+        caption_keys=tuple(key for key in keys if key),
+        label_key=arguments["label_key"] or None,
+        **{name: arguments[name] for name in ("image_key", "short_side", "quality")},
+        output_format=arguments["output_format"],
+    )
+    facts = conversion.convert(
+        arguments["source"],
+        arguments["output_dir"],
+        pattern=arguments["pattern"] or None,
+        options=options,
+        **{
+            name: arguments[name]
+            for name in ("split", "records_per_shard", "num_workers", "overwrite")
+        },
+    )
+    print(conversion.describe(facts, arguments["output_dir"], arguments["split"]))
+
+
+def _inspect(arguments: dict[str, Any]) -> None:
+    from clipa_t5x.data import inspection  # only here: it takes TensorFlow
+
+    _check_least(arguments)
+    keys = arguments["caption_key"]
+    for text in inspection.inspect(
+        arguments["path"],
+        image_key=arguments["image_key"] or None,
+        caption_keys=None if keys is None else tuple(key for key in keys if key),
+        num_pictures=arguments["num"],
+        output=arguments["output"] or None,
+        everything=arguments["all"],
+    ):
+        print(text, flush=True)
+
+
+def _check_least(numbers: Mapping[str, Any]) -> None:
+    for option, value in numbers.items():
+        if isinstance(value, int) and value < _LEAST.get(option, 1) and value is not False:
             raise UserError(
                 f"--{option}={value} is too small: give at least {_LEAST.get(option, 1)}"
             )
-    dataset = _MAKERS[name](**arguments)
-    manifest = build(dataset, output_dir, num_shards=num_shards, overwrite=overwrite)
+
+
+def _build(name: str, arguments: dict[str, Any]) -> None:
+    output_dir = arguments.pop("output_dir")
+    overwrite, num_shards = arguments.pop("overwrite"), arguments.pop("num_shards")
+    _check_least({**arguments, "num_shards": num_shards})
+    dataset = embedded.MAKERS[name](**arguments)
+    manifest = embedded.build(dataset, output_dir, num_shards=num_shards, overwrite=overwrite)
     if manifest is None:
         print(f"{output_dir} already holds this data set: nothing to do")
         return

@@ -52,7 +52,7 @@ def choose(record: Fields, rates: Mapping[str, float], seed: int, index: int) ->
     Raises:
       BadRecord: there is none, or none with a letter in it.
     """
-    texts = {name: _texts(record.get(name)) for name in rates}
+    texts = {name: texts_of(record.get(name)) for name in rates}
     present = {name: rates[name] for name in rates if texts[name]}
     if not present:
         missing = all(record.get(name) is None for name in rates)
@@ -65,7 +65,7 @@ def choose(record: Fields, rates: Mapping[str, float], seed: int, index: int) ->
         place = int(np.searchsorted(shares, draws[0] * shares[-1], side="right"))
         name = list(present)[min(place, len(present) - 1)]
     chosen = texts[name][int(draws[1] * len(texts[name]))]
-    return _clean(chosen)
+    return clean(chosen)
 
 
 def _draws(seed: int, index: int) -> tuple[float, float]:
@@ -73,12 +73,13 @@ def _draws(seed: int, index: int) -> tuple[float, float]:
     return float(uniform(seeds, _FIELD_STREAM)[0]), float(uniform(seeds, _TEXT_STREAM)[0])
 
 
-def _texts(values: Sequence[bytes | int] | None) -> list[bytes]:
+def texts_of(values: Sequence[bytes | int] | None) -> list[bytes]:
+    """Those of a field's values that are texts with something in them."""
     return [value for value in values or () if isinstance(value, bytes) and value.strip()]
 
 
-def _clean(text: bytes) -> tuple[bytes, str]:
-    """(at most MAX_BYTES of valid UTF-8, what was mended or '')."""
+def clean(text: bytes) -> tuple[bytes, str]:
+    """(at most MAX_BYTES of a text in valid UTF-8, what was mended or '')."""
     mended = ""
     if len(text) > MAX_BYTES:
         # UTF-8 is cut between characters: what follows the last whole one is dropped below.

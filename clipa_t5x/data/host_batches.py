@@ -53,8 +53,8 @@ class _Stream:
         self._source = tasks.get_source(cfg.mixture_or_task_name)
         self._error: Exception | None = None
         num_steps = None if count is None else -(-count // cfg.batch_size)
-        indices = _indices(rows, first_sample, cfg.batch_size, num_steps)
-        examples = sources.fetch(self._read, indices, self._source.feature_names())
+        wanted = indices(rows, first_sample, cfg.batch_size, num_steps)
+        examples = sources.fetch(self._read, wanted, self._source.feature_names())
         # What goes wrong in reading is kept and raised: the errors dropped here are a decoder's.
         prepared = _prepare(cfg, examples).ignore_errors(log_warning=False)
         self._chunks: Iterator[Any] = prepared.batch(len(rows)).as_numpy_iterator()
@@ -128,19 +128,19 @@ class _Stream:
         return batch
 
 
-def _indices(
+def indices(
     rows: np.ndarray, first_sample: int, batch_size: int, num_steps: int | None
 ) -> tf.data.Dataset:
     """Global indices of the rows of all steps, in batches of a size that is read at once."""
     parts = -(-len(rows) // _READ_TOGETHER)
     end = np.iinfo(np.int64).max // batch_size if num_steps is None else num_steps * parts
 
-    def indices(number: Any) -> tf.Tensor:
+    def chosen_indices(number: Any) -> tf.Tensor:
         step, part = number // parts, number % parts
         chosen = tf.constant(rows)[part * _READ_TOGETHER : (part + 1) * _READ_TOGETHER]
         return first_sample + step * batch_size + chosen
 
-    return tf.data.Dataset.range(end).map(preprocessors.as_written(indices))
+    return tf.data.Dataset.range(end).map(preprocessors.as_written(chosen_indices))
 
 
 def _prepare(cfg: Any, examples: tf.data.Dataset) -> tf.data.Dataset:

@@ -211,12 +211,14 @@ class TrainIterator:
     def statistics(self) -> dict[str, float]:
         """What the pipeline could give, and the bad records so far, of this process.
 
-        'data/supplied_per_core' is images per second and core while it is preparing batches;
+        'data/supplied_per_core' is images per second and core while it was preparing batches since
+        the last call;
         'data/bad/<reason>' and 'data/mended/<reason>' are counts, see `bad_records`.
         """
         counts = self._source.records.counts()
         values = {f"data/{name.replace(' ', '_')}": float(n) for name, n in counts.items()}
-        return {"data/supplied_per_core": self._supply.per_core(), **values}
+        supplied = self._supply.per_core()
+        return values if supplied is None else {"data/supplied_per_core": supplied, **values}
 
     def close(self) -> None:
         """Ends the thread."""
@@ -243,12 +245,12 @@ class Supply:
             # The first batch comes with all that is read and built before it.
             self._seconds += time.perf_counter() - start if self._batches > 1 else 0.0
 
-    def per_core(self) -> float:
-        """Images per second and core since the last call; NaN where no batch was prepared."""
+    def per_core(self) -> float | None:
+        """Images per second and core since the last call; None where no batch was prepared."""
         with self._lock:
             batches, seconds = self._batches - 1, self._seconds
             if batches < 1 or not seconds:
-                return float("nan")
+                return None
             self._batches, self._seconds = 1, 0.0
         return batches * self._batch_rows / seconds / preprocessors.NUM_PARALLEL_CALLS
 

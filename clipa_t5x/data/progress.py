@@ -25,23 +25,26 @@ class Progress:
         self._stream = stream
         self._in_place = stream.isatty()
         self._interval = 0.2 if self._in_place else 5.0
-        self._done = 0
+        self._done = self._first = 0
         self._start = self._last_report = 0.0
 
-    def count(self) -> None:
-        """Counts one more."""
+    def count(self, number: int = 1) -> None:
+        """Counts so many more."""
+        if not number:
+            return
         with self._lock:
             now = time.monotonic()
             if self._done == 0:
                 # What went before, such as TensorFlow's import, tells nothing about the rate.
                 self._start = self._last_report = now
-            self._done += 1
+                self._first = number
+            self._done += number
             if now - self._last_report >= self._interval or self._done == self._total:
                 self._last_report = now
                 self._report(now - self._start)
 
     def _report(self, seconds: float) -> None:
-        rate = (self._done - 1) / max(seconds, 1e-6)
+        rate = (self._done - self._first) / max(seconds, 1e-6)
         eta = (self._total - self._done) / max(rate, 1e-6)
         speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
         line = f"{self._done}/{self._total} {self._what}, {speed}/s, ETA {eta:.0f} s"

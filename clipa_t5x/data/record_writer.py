@@ -1,7 +1,6 @@
-"""Writes image-caption records the way img2dataset does: sharded TFRecord files of tf.Examples.
+"""Writes image-caption records the way img2dataset does: sharded files of tf.train.Examples.
 
-TensorFlow is imported by the functions that need it: the processes that only render and encode
-images would otherwise spend seconds on an import that they never use.
+TensorFlow is not needed: the many processes that write would spend seconds on importing it.
 """
 
 import contextlib
@@ -11,12 +10,18 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
-Features = Mapping[str, bytes | int | str]
+from clipa_t5x.data.tfrecords import masked_crc32c
+
+Value = bytes | int | str
+Features = Mapping[str, Value | Sequence[Value]]
+# Numbers of the fields of tf.train.Feature.
+_BYTES_LIST, _INT64_LIST = 1, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +31,13 @@ class Shard:
     Attributes:
       file: the file's name within its directory.
       records: how many records it holds.
+      bytes: the file's size.
       sha256: hexadecimal digest of the whole file.
     """
 
     file: str
     records: int
+    bytes: int
     sha256: str
 
 
@@ -78,24 +85,104 @@ def serialize(features: Features) -> bytes:
     """Serialises features as a tf.train.Example: equal features give equal bytes.
 
     Args:
-      features: bytes and text (as UTF-8) become bytes features, integers int64 features, each
-        of one value.
+      features: bytes and text (as UTF-8) become bytes features, integers int64 features; several
+        values of a kind come as a list.
 
     Returns:
       The serialised Example.
     """
-    import tensorflow as tf
-
-    example = tf.train.Example()
-    for name, value in features.items():
-        feature = example.features.feature[name]
-        if isinstance(value, int):
-            feature.int64_list.value.append(value)
-        else:
-            data = value.encode("utf-8") if isinstance(value, str) else value
-            feature.bytes_list.value.append(data)
+    entries = []
     # The features are a protobuf map, whose order is otherwise unspecified.
-    return example.SerializeToString(deterministic=True)
+    for name in sorted(features, key=str.encode):
+        value = features[name]
+        values = [value] if isinstance(value, bytes | int | str) else value
+        if values and isinstance(values[0], int):
+            numbers = b"".join(_varint(int(number)) for number in values)
+            feature = _field(_INT64_LIST, _field(1, numbers))
+        else:
+            texts = [v.encode() if isinstance(v, str) else v for v in values]
+            feature = _field(_BYTES_LIST, b"".join(_field(1, text) for text in texts))  # pyright: ignore
+        entries.append(_field(1, _field(1, name.encode()) + _field(2, feature)))
+    return _field(1, b"".join(entries))
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's integers: seven bits a byte, the lowest first; negative ones are of 64 bits."""
+    number &= 2**64 - 1
+    result = bytearray()
+    while number > 127:
+        result.append(number & 127 | 128)
+        number >>= 7
+    result.append(number)
+    return bytes(result)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A protobuf field of bytes, text or another message."""
+    return bytes([number << 3 | 2]) + _varint(len(content)) + content
+
+
+class TFRecordFile:
+    """A TFRecord file that is being written. Raises OSError where the disk refuses."""
+
+    def __init__(self, path: str):
+        self._file = open(path, "wb")  # noqa: SIM115  `close` closes it
+
+    def write(self, record: bytes) -> None:
+        """Appends a record."""
+        length = struct.pack("<Q", len(record))
+        checksums = (struct.pack("<I", masked_crc32c(data)) for data in (length, record))
+        self._file.write(b"".join((length, next(checksums), record, next(checksums))))
+
+    def close(self) -> None:
+        """Has the file on the disk when it returns; once more does nothing."""
+        if not self._file.closed:
+            with self._file as file:
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class ArrayRecordFile:
+    """An ArrayRecord file that is being written. Raises OSError where the disk refuses.
+
+    Every record can be reached by itself, and is stored as it is: images are compressed already.
+    """
+
+    def __init__(self, path: str):
+        from array_record.python import array_record_module  # pyright: ignore
+
+        self._path = path
+        # One thread: the file's bytes are the same with several, and so is the speed.
+        options = "group_size:1,uncompressed,max_parallelism:1"
+        try:
+            self._writer = array_record_module.ArrayRecordWriter(path, options)
+            # What could not be opened is told by the first write otherwise.
+            if not self._writer.ok():
+                self._writer.close()
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    def write(self, record: bytes) -> None:
+        """Appends a record."""
+        try:
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        """Has the file on the disk when it returns; once more does nothing."""
+        if not self._writer.is_open():
+            return
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        with open(self._path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+# By the name of the format, which is the suffix of its files.
+FILES = {"array_record": ArrayRecordFile, "tfrecord": TFRecordFile}
 
 
 def write_shards(
@@ -114,8 +201,6 @@ def write_shards(
     Returns:
       The shards written, in the order of their names.
     """
-    import tensorflow as tf
-
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths, writers, counts = [], [], []
@@ -123,16 +208,19 @@ def write_shards(
         for record, shard in zip(records, itertools.cycle(range(num_shards)), strict=False):
             if shard == len(writers):
                 paths.append(directory / f"{shard:05d}.tfrecord")
-                writers.append(stack.enter_context(tf.io.TFRecordWriter(str(paths[-1]))))
+                writers.append(
+                    stack.enter_context(contextlib.closing(TFRecordFile(str(paths[-1]))))
+                )
                 counts.append(0)
             writers[shard].write(record)
             counts[shard] += 1
     return [
-        Shard(file=path.name, records=count, sha256=_sha256(path))
+        Shard(file=path.name, records=count, bytes=path.stat().st_size, sha256=sha256(path))
         for path, count in zip(paths, counts, strict=True)
     ]
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a whole file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from clipa_t5x.data import (
     captions,
     formats,
     image_files,
+    manifests,
     record_index,
     sample_order,
     shard_formats,
@@ -130,6 +132,7 @@ class ImageTextSource(seqio.DataSource):
         self._format, self._fields = shard_format, fields
         self._patterns = dict(splits or formats.patterns(shard_format))
         self._index_dir = index_dir or os.path.join(data_dir, ".record_index")
+        self._has_own_index_dir = index_dir is None
         self._window_bytes = window_bytes
         self._cache = shard_reader.BlockCache(2 * window_bytes)
         self._lock = threading.Lock()
@@ -175,8 +178,8 @@ class ImageTextSource(seqio.DataSource):
         """The record index of a split, built at the first call; safe among threads.
 
         Raises:
-          UserError: no shard holds a record, one is of another format, or records lack the fields
-            asked for.
+          UserError: no shard holds a record, one is of another format or is not what the data set's
+            manifest says, or records lack the fields asked for.
         """
         with self._lock:
             if split not in self._indices:
@@ -185,18 +188,27 @@ class ImageTextSource(seqio.DataSource):
 
     def _load_index(self, split: str) -> record_index.RecordIndex:
         shards, shard_format = self._shards(split)
-        path = os.path.join(self._index_dir, split.replace("/", "_"))
-        index = record_index.load(shards, path, shard_format)
+        index_path = os.path.join(self._index_dir, self._index_name(split))
+        index = record_index.load(shards, index_path, shard_format)
         if not len(index):
             problem = next(iter(index.problems.items()), (shards[0], "has no records"))
             raise UserError(
                 f"the {len(shards)} shards of split {split!r} at {self._data_dir} hold no record "
                 f"({' '.join(problem)}): remove them, or write the data set again."
             )
+        manifests.check(self._data_dir, index)
         for shard, problem in index.problems.items():
             self.records.add(BadRecord("damaged shard", problem), shard)
         self._check_fields(index)
         return index
+
+    def _index_name(self, split: str) -> str:
+        """Of a split's index in its folder, which several data sets may share."""
+        name = split.replace("/", "_")
+        if self._has_own_index_dir:
+            return name
+        shards = os.path.join(os.path.abspath(self._data_dir), self._patterns[split])
+        return f"{name}-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
 
     def _check_fields(self, index: record_index.RecordIndex) -> None:
         """Refuses field names that none of the first records has: training would read nothing."""

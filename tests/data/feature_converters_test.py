@@ -54,6 +54,13 @@ def test_images_alone():
     assert example.keys() == {"images", "index", "label", "caption"}
 
 
+def test_what_is_known_to_fit_is_left_alone():
+    exact = dataset(seed=None)
+    assert feature_converters.convert(exact, LENGTHS)[0] is exact
+    for other in (dataset(), dataset(seed=None, unknown_shapes=True)):
+        assert feature_converters.convert(other, LENGTHS)[0] is not other
+
+
 def test_lengths_are_known_to_what_follows():
     converted, _ = feature_converters.convert(dataset(unknown_shapes=True), LENGTHS)
     assert converted.element_spec["images"].shape == (16, 16, 3)
