@@ -45,10 +45,6 @@ class TFDSSource(sources.ImageTextSource):
           window_bytes: size of the shuffle window.
         """
         self._tfds_name = tfds_name
-        if index_dir is None:
-            # Several data sets may lie in one folder.
-            folder = re.sub(r"[^\w.]+", "_", tfds_name or "")
-            index_dir = os.path.join(data_dir, ".record_index", folder)
         super().__init__(data_dir, None, fields, splits or SPLITS, index_dir, window_bytes)
 
     @functools.cached_property
@@ -90,6 +86,11 @@ class TFDSSource(sources.ImageTextSource):
                 f"{file_format}: prepare it as {' or '.join(_FORMATS)} (file_format)."
             )
         return shards, _FORMATS[file_format]()
+
+    def _index_name(self, split: str) -> str:
+        # Several data sets may lie in one folder.
+        folder = re.sub(r"[^\w.]+", "_", self._tfds_name or "")
+        return os.path.join(folder, super()._index_name(split))
 
     def _load_index(self, split: str) -> record_index.RecordIndex:
         """As any source's, and compared with the counts that TFDS wrote down.

@@ -205,7 +205,7 @@ def test_tasks_that_differ_in_kind_are_refused(data_dirs, vocabulary, other, sai
 
 @pytest.mark.parametrize("rates, said", [
     ({}, "has no tasks"),
-    ({"mix_a": 1.0, "absent": 1.0}, "'absent', which is not a registered"),
+    ({"mix_a": 1.0, "no_such_task": 1.0}, "'no_such_task', which is not a registered"),
 ])  # fmt: skip
 def test_what_is_no_mixture_is_refused(mixture, rates, said):
     with pytest.raises(UserError, match=said):

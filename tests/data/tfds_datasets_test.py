@@ -94,8 +94,11 @@ def test_the_folder_of_a_version_will_do(data_dir):
 def test_data_sets_have_indices_of_their_own(data_dir, tmp_path):
     source(data_dir).num_input_examples("train")
     assert (pathlib.Path(data_dir) / ".record_index/tiny_pictures/train.json").exists()
-    source(data_dir, index_dir=str(tmp_path)).num_input_examples("train")
-    assert {path.name for path in tmp_path.iterdir()} == {"train.json", "train.npy"}
+    for name in ("tiny_pictures", "tiny_pictures:1.0.0"):
+        source(data_dir, name, index_dir=str(tmp_path)).num_input_examples("train")
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert folders == ["tiny_pictures", "tiny_pictures_1.0.0"]
+    assert len(list(tmp_path.rglob("train*.npy"))) == 2
 
 
 @pytest.mark.parametrize("name, split, said", [
