@@ -379,14 +379,15 @@ def _label(record: shard_formats.Fields, name: str | None) -> int:
     if name is None:
         return -1
     values = record.get(name)
+    if not values:
+        raise BadRecord("missing label", f"no field {name!r}")
     try:
-        return int(values[0]) if values else _missing_label(name)
+        label = int(values[0])
     except ValueError as error:
-        raise BadRecord("label is no number", f"{name} {values!r}") from error
-
-
-def _missing_label(name: str) -> int:
-    raise BadRecord("missing label", f"no field {name!r}")
+        raise BadRecord("label is no number", f"{name} {values[0]!r}") from error
+    if abs(label) > np.iinfo(np.int32).max:
+        raise BadRecord("label out of range", f"{name} {label} is no int32")
+    return label
 
 
 def _what_is_there(directory: str) -> str:

@@ -250,3 +250,14 @@ def test_damaged_shards_are_counted(tmp_path):
     source = make(tmp_path)
     assert source.num_input_examples("train") == COUNT - 1
     assert source.records.counts() == {"bad/damaged shard": 1}
+
+
+@pytest.mark.parametrize("label, reason", [
+    (2**31, "label out of range"), ("seven", "label is no number"), (b"7", None),
+])  # fmt: skip
+def test_labels_are_small_numbers(tmp_path, label, reason):
+    record_writer.write_shards(tmp_path / "train", tiny_records.records(2, label=label), 1)
+    source = make(tmp_path)
+    found = at(source, [0], shuffle=False, replace_bad=False)
+    assert source.records.counts() == ({f"bad/{reason}": 1} if reason else {})
+    assert found["label"].tolist() == ([-1] if reason else [7])
