@@ -104,6 +104,8 @@ def webdataset_pillow(directory, size, vocabulary, length, batch_size, shuffle_b
     from webdataset import WebDataset  # pyright: ignore
 
     rng = np.random.default_rng(0)
+    # Its tokeniser is another one: looking whole words up is as little as any takes.
+    ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
 
     def preprocess(sample):
         image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
@@ -111,7 +113,8 @@ def webdataset_pillow(directory, size, vocabulary, length, batch_size, shuffle_b
         box = (left, top, left + width, top + height)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         pixels = (np.asarray(image, np.float32) / 255.0 - MEAN) / STD
-        text = vocabulary.encode(sample["txt"].decode())[: length - 1]
+        words = sample["txt"].decode().split()[: length - 1]
+        text = [ids.get(word, vocabulary.unk_id) for word in words]
         return pixels.transpose(2, 0, 1), np.pad(text, (1, length - 1 - len(text)))
 
     shards = sorted(tf.io.gfile.glob(f"{directory}/tar/train/*.tar"))

@@ -175,7 +175,7 @@ def _stage_rows(cost: step_cost.StepCost, stage: Stage) -> list[tuple[str, str, 
         if stage.price is not None:
             what = f"at {stage.price:g} a chip-hour"
             rows.append(("cost of the stage", f"{hours * stage.price:,.0f}", what))
-    elif cost.compiled is not None and cost.fits is not False:
+    elif cost.fits is not False:
         rows.append(("time and cost", "not known", _why_no_time(cost)))
     return rows
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import spmd
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 
 _LEAST = jnp.finfo(jnp.float32).min
 
@@ -23,6 +23,7 @@ def softmax_contrastive(
     logit_scale: jax.Array,
     weights: jax.Array | None = None,
     *,
+    logit_bias: jax.Array | None = None,
     num_chunks: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """CLIP's symmetric softmax loss over the global batch (Radford et al., 2021, figure 3).
@@ -36,6 +37,7 @@ def softmax_contrastive(
       text_embeddings: [batch, joint], unit length.
       logit_scale: scalar factor of the logits (not its logarithm).
       weights: [batch], 1 for a pair that counts and 0 for padding; None for all ones.
+      logit_bias: None: it would cancel out.
       num_chunks: how many blocks of texts to work through one by one; it divides the batch.
 
     Returns:
@@ -43,8 +45,13 @@ def softmax_contrastive(
       similar of the batch}.
 
     Raises:
-      UserError: num_chunks does not divide the batch.
+      UserError: num_chunks does not divide the batch, or there is a bias.
     """
+    if logit_bias is not None:
+        raise UserError(
+            "INIT_LOGIT_BIAS is for losses.sigmoid_contrastive; in softmax_contrastive an offset "
+            "of all logits cancels out: set it to None."
+        )
     images = image_embeddings.astype(jnp.float32)
     texts = text_embeddings.astype(jnp.float32)
     weights, valid = _weights(weights, len(images))
@@ -76,7 +83,7 @@ def sigmoid_contrastive(
     logit_scale: jax.Array,
     weights: jax.Array | None = None,
     *,
-    logit_bias: jax.Array,
+    logit_bias: jax.Array | None = None,
     num_chunks: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """SigLIP's loss (Zhai et al., 2023, section 3.2): every pair is a yes-or-no question.
@@ -89,15 +96,20 @@ def sigmoid_contrastive(
       text_embeddings: [batch, joint], unit length.
       logit_scale: scalar factor of the logits (not its logarithm).
       weights: [batch], 1 for a pair that counts and 0 for padding; None for all ones.
-      logit_bias: scalar added to the logits.
+      logit_bias: scalar added to the logits; required.
       num_chunks: as for `softmax_contrastive`.
 
     Returns:
       As `softmax_contrastive`.
 
     Raises:
-      UserError: num_chunks does not divide the batch.
+      UserError: num_chunks does not divide the batch, or there is no bias.
     """
+    if logit_bias is None:
+        raise UserError(
+            "losses.sigmoid_contrastive needs a bias of the logits: set INIT_LOGIT_BIAS, to -10 as "
+            "SigLIP does."
+        )
     images = image_embeddings.astype(jnp.float32)
     texts = text_embeddings.astype(jnp.float32)
     weights, valid = _weights(weights, len(images))
@@ -163,8 +175,13 @@ def _by_blocks(
     devices, every device has its share of every block, and nothing but that block is gathered.
     """
     batch = len(columns[0])
-    if num_chunks < 1 or batch % num_chunks:
-        raise UserError(f"num_chunks is {num_chunks}; it must divide the batch of {batch}.")
+    check_number("LOSS_CHUNKS", num_chunks, minimum=1, whole=True)
+    if batch % num_chunks:
+        some = ", ".join(str(2**i) for i in range(11) if batch % 2**i == 0)
+        raise UserError(
+            f"LOSS_CHUNKS is {num_chunks}; it must divide the batch of {batch}: choose one of "
+            f"{some}, or another divisor."
+        )
     if num_chunks == 1:
         return block(rows, columns)
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax.linen import spmd
 
 from clipa_t5x import losses
+from clipa_t5x.errors import UserError, check_number
 from clipa_t5x.towers import batch_part
 
 Params = Any
@@ -54,7 +55,16 @@ class ClipModel(nn.Module):
     image_std: Sequence[float] = IMAGENET_STD
 
     def setup(self):
-        """Declares the temperature; the towers are declared by being attributes."""
+        """Declares the temperature; the towers are declared by being attributes.
+
+        Raises:
+          UserError: the loss is no function, or the logits' first factor is not above 0.
+        """
+        if not callable(self.loss):
+            raise UserError(
+                f"LOSS is {self.loss!r}; it must be a function, as in @losses.softmax_contrastive."
+            )
+        check_number("INIT_LOGIT_SCALE", self.init_logit_scale, minimum=1e-6)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(np.log(self.init_logit_scale)), ()
         )

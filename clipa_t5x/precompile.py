@@ -60,8 +60,8 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """'bigG14_stage1'."""
-        return pathlib.Path(self.gin_files[-1]).stem
+        """'bigG14_stage1'; what is laid over it follows, as in 'H14_stage1+fsdp_tp2'."""
+        return "+".join(pathlib.Path(file).stem for file in self.gin_files)
 
     def build(self, overrides: Overrides) -> dict[str, Any]:
         """The arguments of `train`, with some macros set anew.
@@ -334,16 +334,30 @@ def _search(recipe: Recipe, topology: topologies.Topology, path: pathlib.Path) -
             refused.append(candidate)
         else:
             found.append((candidate, cost))
+            _write_search(recipe, topology, path, found)
         left = (time.perf_counter() - start) / measured * (len(todo) - done - 1)
         logging.info(
             "%d of %d, at most %d s left: %s %s", done + 1, len(todo), left, candidate.flags,
             format_bytes(cost.needed_bytes) if cost.fits is not False else "does not fit",
         )  # fmt: skip
-    # Time is not to be had at fast effort: the least to compute, then the least to send.
-    found.sort(key=lambda item: (item[1].analytic.flops, cost_report.sent_bytes(item[1])))
-    rows = [cost_report.search_row(candidate.flags, cost) for candidate, cost in found]
-    _write(path, {"recipe": recipe.name, "topology": topology.name, "fits": rows})
+    rows = _write_search(recipe, topology, path, found)
     print(cost_report.search_text(recipe.name, topology, rows))
+
+
+def _write_search(
+    recipe: Recipe,
+    topology: topologies.Topology,
+    path: pathlib.Path,
+    found: Sequence[tuple[Candidate, step_cost.StepCost]],
+) -> list[dict[str, Any]]:
+    """Writes what was found so far, the best first: a search may be stopped at any time."""
+    # Time is not to be had at fast effort: the least to compute, then the least to send.
+    ranked = sorted(
+        found, key=lambda item: (item[1].analytic.flops, cost_report.sent_bytes(item[1]))
+    )
+    rows = [cost_report.search_row(candidate.flags, cost) for candidate, cost in ranked]
+    _write(path, {"recipe": recipe.name, "topology": topology.name, "fits": rows})
+    return rows
 
 
 if __name__ == "__main__":

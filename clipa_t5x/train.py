@@ -401,6 +401,8 @@ def describe(
 ) -> str:
     """What `train` would run, on a mesh without devices; allocates no parameters, reads no data.
 
+    The step is traced, so that whatever it would refuse is refused.
+
     Args:
       model: as for `train`.
       optimizer: as for `train`.
@@ -418,6 +420,7 @@ def describe(
         batch_spec=train_dataset_cfg.batch_spec(),
         mesh=mesh,
     )
+    _ = trainer.traced_train_step
     axes = partitioner.logical_axes(trainer.boxed_params)
     batch_spec = train_dataset_cfg.batch_spec()
     return model_info.describe(trainer.abstract_state, axes, batch_spec, partitioner, mesh)

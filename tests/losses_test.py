@@ -69,8 +69,12 @@ def test_a_chunked_loss_is_the_plain_one(loss, num_chunks):
 
 @BOTH
 def test_chunks_that_do_not_divide_are_refused(loss):
-    for num_chunks in (0, 3):
-        with pytest.raises(ValueError, match=f"num_chunks is {num_chunks}; it must divide .* 8"):
+    for num_chunks, why in (
+        (0, "at least 1"),
+        ("x", "an integer"),
+        (3, "divide .* 8: .* 1, 2, 4, 8"),
+    ):
+        with pytest.raises(ValueError, match=f"LOSS_CHUNKS is {num_chunks!r}; it must .*{why}"):
             loss(_unit(8, 4, 0), _unit(8, 4, 1), num_chunks=num_chunks)
 
 

@@ -10,8 +10,8 @@ from clipa_t5x.errors import UserError
 
 # Of each reason so many records are named in the log; the counts go on.
 _NAMED_PER_REASON = 10
-# A share means little among fewer samples.
-_LEAST_SAMPLES = 1000
+# A share means little among fewer records.
+_LEAST_RECORDS = 256
 
 
 class BadRecord(Exception):  # noqa: N818  no error of the program
@@ -40,7 +40,7 @@ class BadRecords:
         self._named: dict[str, str] = {}
 
     def saw(self, count: int) -> None:
-        """Counts samples that were asked for."""
+        """Counts records that were read, good or bad."""
         with self._lock:
             self._seen += count
 
@@ -89,14 +89,31 @@ class BadRecords:
         with self._lock:
             seen, bad = self._seen, dict(self._bad.most_common())
         total = sum(bad.values())
-        if seen < _LEAST_SAMPLES or total <= max_fraction * seen:
+        if seen < _LEAST_RECORDS or total <= max_fraction * seen:
             return
-        reasons = ", ".join(f"{reason} {n}" for reason, n in bad.items())
         raise UserError(
-            f"{total} of {seen} records are bad ({total / seen:.1%}; {reasons}), more than "
+            f"{total} of {seen} records are bad ({total / seen:.1%}; {_spell(bad)}), more than "
             f"MAX_BAD_FRACTION {max_fraction:.1%}: mend the data (the log names the first of each "
             "kind), or raise --gin.MAX_BAD_FRACTION."
         )
+
+    def give_up(self, attempts: int) -> None:
+        """Stops where no good record was found in so many attempts.
+
+        Raises:
+          UserError: always; names the reasons.
+        """
+        with self._lock:
+            seen, bad = self._seen, dict(self._bad.most_common())
+        raise UserError(
+            f"{attempts} records that were drawn one after the other are all bad, and "
+            f"{sum(bad.values())} of {seen} that were read ({_spell(bad)}): mend the data (the log "
+            "names the first of each kind)."
+        )
+
+
+def _spell(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in counts.items())
 
 
 def difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

@@ -67,7 +67,7 @@ def run(cfg: input_pipeline.DatasetConfig, seconds: float = 3.0, num_images: int
         cost = 1e6 / rate.per_cpu_second
         lines.append(
             f"  {rate.name:<28}{rate.per_second:>10,.0f}{rate.per_cpu_second:>16,.0f}"
-            f"{cost - before:>19,.0f}"
+            f"{max(cost - before, 0):>19,.0f}"
         )
         before = cost
     bad = tasks.get_source(cfg.mixture_or_task_name).records.counts()

@@ -119,6 +119,8 @@ class _Stream:
                 return self._prepare_one(self._examples(index, attempt + 1))
             except tf.errors.InvalidArgumentError:
                 continue
+        if self._count is None:
+            self._source.records.give_up(sources.MAX_ATTEMPTS)
         return self._prepare_one(sources.blank(index, self._cfg.seed))
 
     def _prepare_one(self, examples: HostBatch) -> HostBatch:

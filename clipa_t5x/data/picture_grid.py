@@ -18,7 +18,8 @@ def draw(pictures: Sequence[tuple[bytes | None, str]]) -> Image.Image:
     """Draws a grid, about as wide as it is high.
 
     Args:
-      pictures: encoded image and caption of each; where the image is None a gray square stands.
+      pictures: encoded image and caption of each; where the image is None, or cannot be
+        decoded, a gray square stands.
 
     Returns:
       An RGB image. Pictures are shrunk, never enlarged, to 160 pixels on their long side.
@@ -31,7 +32,8 @@ def draw(pictures: Sequence[tuple[bytes | None, str]]) -> Image.Image:
     font = ImageFont.load_default(_FONT_SIZE)
     for i, (data, caption) in enumerate(pictures):
         left, top = _GAP + i % columns * cell[0], _GAP + i // columns * cell[1]
-        picture = Image.new("RGB", (PICTURE, PICTURE), _EMPTY) if data is None else _open(data)
+        picture = _open(data) if data is not None else None
+        picture = picture or Image.new("RGB", (PICTURE, PICTURE), _EMPTY)
         # Centred, and on the ground of the caption, which stands at the same height in a row.
         place = (left + (PICTURE - picture.width) // 2, top + PICTURE - picture.height)
         grid.paste(picture, place)
@@ -40,10 +42,14 @@ def draw(pictures: Sequence[tuple[bytes | None, str]]) -> Image.Image:
     return grid
 
 
-def _open(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * PICTURE, 2 * PICTURE))
-        picture = image.convert("RGB")
+def _open(data: bytes) -> Image.Image | None:
+    """The picture, shrunk; None where only its decoder finds that it is broken."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (2 * PICTURE, 2 * PICTURE))
+            picture = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError):
+        return None
     picture.thumbnail((PICTURE, PICTURE))
     return picture
 

@@ -96,7 +96,10 @@ def first_present(fields: Fields, names: str) -> bytes:
 
 def field_names(fields: Sequence[Fields]) -> list[str]:
     """Names of all fields that some records have, sorted."""
-    return sorted({name for record in fields for name in record})
+    names: set[str] = set()
+    for record in fields:
+        names.update(record.all_names() if hasattr(record, "all_names") else record)  # pyright: ignore
+    return sorted(names)
 
 
 def iterate(shard: OpenShard, rows: np.ndarray) -> Iterator[Fields | BadRecord]:

@@ -296,10 +296,14 @@ class ImageTextSource(seqio.DataSource):
         Returns:
           Arrays [n, ...] as in `EXAMPLE_SPEC`; 'valid' is False where a record is bad and was not
           replaced.
+
+        Raises:
+          UserError: no good record was found in place of a bad one.
         """
         found: list[_Sample | None] = [None] * len(indices)
         todo = np.arange(len(indices))
         for number in range(attempt, attempt + (MAX_ATTEMPTS if replace_bad else 1)):
+            self.records.saw(len(todo))
             records = self._records_at(split, indices[todo], shuffle, seed, number)
             fields = self.index(split).read(records, self._cache)
             for i, record in zip(todo, fields, strict=True):
@@ -307,7 +311,8 @@ class ImageTextSource(seqio.DataSource):
             todo = np.asarray([i for i in todo if found[i] is None], np.int64)
             if not len(todo):
                 break
-        self.records.saw(len(indices))
+        if len(todo) and replace_bad:
+            self.records.give_up(MAX_ATTEMPTS)
         return _stack([sample or _Sample() for sample in found], indices, seed)
 
     def _records_at(
@@ -392,7 +397,7 @@ def _label(record: shard_formats.Fields, name: str | None) -> int:
 
 def _what_is_there(directory: str) -> str:
     if not tf.io.gfile.isdir(directory):
-        return "does not exist"
+        return "is a file" if tf.io.gfile.exists(directory) else "does not exist"
     names = sorted(tf.io.gfile.listdir(directory))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"has no such shards (it holds {', '.join(names[:5]) or 'nothing'}{more})"

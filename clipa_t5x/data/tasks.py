@@ -60,6 +60,7 @@ def image_text_task(
     """
     fields = _record_fields(vocabulary, image_key, caption_key, label_key, max_pixels)
     check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
+    _check_splits(splits)
     source = sources.ImageTextSource(
         data_dir, shard_format, fields, splits, index_dir, window_bytes
     )
@@ -107,6 +108,7 @@ def tfds_task(
     """
     fields = _record_fields(vocabulary, image_key, caption_key, label_key, max_pixels)
     check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
+    _check_splits(splits)
     source = tfds_datasets.TFDSSource(tfds_name, data_dir, fields, splits, index_dir, window_bytes)
     return _register(name, source, vocabulary, image_preprocessor, text_reduction)
 
@@ -120,9 +122,37 @@ def _record_fields(
 ) -> sources.RecordFields:
     """The fields of a task's records; captions only if there is a vocabulary for them."""
     check_number("MAX_PIXELS", max_pixels, minimum=1, whole=True)
-    captions = {caption_key: 1.0} if isinstance(caption_key, str) else dict(caption_key)
-    captions = {} if vocabulary is None else captions
+    captions = {caption_key: 1.0} if isinstance(caption_key, str) else caption_key
+    _check_rates(captions)
+    captions = {} if vocabulary is None else dict(captions)
     return sources.RecordFields(image_key, captions, label_key, max_pixels)
+
+
+def _check_rates(rates: object) -> None:
+    """Refuses what tells no caption's rate.
+
+    Raises:
+      UserError: it is no dictionary of names and rates, or not one is above 0.
+    """
+    if not isinstance(rates, Mapping) or not rates or not all(isinstance(n, str) for n in rates):
+        raise UserError(
+            f"CAPTION_KEY is {rates!r}; it must be a field's name, or names with how likely each "
+            "is taken, as in {'txt': 0.5, 'synthetic': 0.5}."
+        )
+    for name, rate in rates.items():
+        check_number(f"the rate of {name!r} in CAPTION_KEY", rate, minimum=0)
+    if not 0 < sum(rates.values()) < float("inf"):
+        raise UserError(
+            f"CAPTION_KEY is {rates!r}: one of its rates must be above 0, none infinite."
+        )
+
+
+def _check_splits(splits: object) -> None:
+    if splits is not None and not isinstance(splits, Mapping):
+        raise UserError(
+            f"DATA_SPLITS is {splits!r}; it must be names with patterns, as in "
+            "{'train': 'train/*.tar'}."
+        )
 
 
 def _register(

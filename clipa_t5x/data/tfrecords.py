@@ -95,13 +95,10 @@ class TFRecord:
             while offset < reader.size:
                 length = _record_length(reader, offset)
                 if length is None and not offset and reader.size >= HEADER_BYTES:
-                    raise UserError(
-                        f"{path} is not a TFRecord file, or is damaged at byte 0: no record begins "
-                        "there. Remove the file or write it again."
-                    )
+                    raise UserError(_not_a_shard(path, reader.read(0, 2)))
                 if length is None or offset + length + 16 > reader.size:
                     what = "is damaged" if length is None else "was cut off"
-                    problem = f"{what} at byte {offset} of {reader.size}"
+                    problem = f"{what} at byte {offset} of {reader.size}; what follows is not read"
                     break
                 rows.append((offset, length))
                 offset += HEADER_BYTES + length + FOOTER_BYTES
@@ -112,6 +109,15 @@ class TFRecord:
         """Opens a shard to read records of it."""
         with ShardReader(path, cache) as reader:
             yield _Open(reader)
+
+
+def _not_a_shard(path: str, start: bytes) -> str:
+    if start == b"\x1f\x8b":
+        return f"{path} is compressed by gzip, which has no positions to read at: decompress it."
+    return (
+        f"{path} is not a TFRecord file, or is damaged at byte 0: no record begins there. Remove "
+        "the file or write it again."
+    )
 
 
 def _record_length(reader: ShardReader, offset: int) -> int | None:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,12 +114,23 @@ class _JsonFields(dict[str, list[bytes | int]]):
         file, colon, member = name.partition(":")
         if not colon or not (content := dict.get(self, file)):
             raise KeyError(name)
-        try:
-            value = json.loads(content[0]).get(member)
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise BadRecord("unreadable metadata", f"field {file}: {error}") from error
+        members = self._json(file, content[0])
+        if member not in members:
+            raise KeyError(name)
+        value = members[member]
         values = value if isinstance(value, list) else [] if value is None else [value]
         return [v if isinstance(v, int) else str(v).encode() for v in values]
+
+    def _json(self, file: str, content: bytes | int) -> dict[str, Any]:
+        try:
+            return dict(json.loads(content))  # pyright: ignore[reportArgumentType]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadRecord("unreadable metadata", f"field {file}: {error}") from error
+
+    def all_names(self) -> list[str]:
+        """Names of all fields, 'json:name' included."""
+        members = self._json("json", self["json"][0]) if "json" in self else {}
+        return [*self, *(f"json:{member}" for member in members)]
 
     def get(self, name: str, default=None):  # pyright: ignore
         """As a mapping's: also of 'json:name'."""
@@ -184,8 +195,9 @@ class WebDataset:
                 if not end:
                     what = "is damaged" if name is None else "was cut off"
                     problem = f"{what} at byte {start} of {reader.size}"
-                    if name is not None and name == key:
-                        rows.pop()  # The file that was cut off was one of this sample's.
+                    if rows and (name is None or name == key):
+                        rows.pop()  # What was lost was, or may have been, one of this sample's.
+                    key = None
                 elif name == key:
                     rows[-1] = (rows[-1][0], end - rows[-1][0])
                 else:
@@ -204,7 +216,7 @@ def _walk(reader: ShardReader) -> Iterator[tuple[int, int, str | None]]:
     """Yields (first byte, byte after it, key) of every sample's file, headers of its name included.
 
     Where the archive breaks off, the end is 0; the key is '' if it does so in a header, and None if
-    there is something else where a header should be.
+    there is something else where a header should be, after which the next header is looked for.
     """
     offset, start, long_name, ended = 0, 0, None, False
     while offset < reader.size:
@@ -217,7 +229,13 @@ def _walk(reader: ShardReader) -> Iterator[tuple[int, int, str | None]]:
                 ended = True
                 continue
             yield start, 0, "" if len(header) < BLOCK else None
-            return
+            if not offset or len(header) < BLOCK:
+                return
+            # Whatever was there is lost; members begin at whole blocks, and the next may be whole.
+            while offset < reader.size and parse_header(reader.read(offset, BLOCK)) is None:
+                offset += BLOCK
+            start, long_name = offset, None
+            continue
         ended = False
         name = split_name(long_name or member.name)
         if offset + BLOCK + member.size > reader.size:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax.linen import spmd
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, check_number
 from clipa_t5x.towers import batch_part, layers, position_embeddings, token_reduction
 
 
@@ -14,8 +14,9 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Rows and columns of whole patches in an image; what is left over is dropped.
 
     Raises:
-      UserError: the image is smaller than one patch.
+      UserError: the image is smaller than one patch, or the patch has no size.
     """
+    check_number("PATCH_SIZE", patch_size, minimum=1, whole=True)
     grid = height // patch_size, width // patch_size
     if 0 in grid:
         raise UserError(
@@ -147,6 +148,7 @@ class VisionTransformer(nn.Module):
         )
         positions = self._position_table(rows, columns).astype(self.dtype)
         patches = x + positions[1:].reshape(rows, columns, self.width)
+        token_reduction.num_kept((rows, columns), self.mask_ratio, self.mask_strategy)
         if train and self.mask_ratio > 0:
             patches = token_reduction.mask(
                 self.make_rng("patch_mask"), patches, self.mask_ratio, self.mask_strategy, part

@@ -43,9 +43,9 @@ def test_too_large_a_share_stops(warnings):
     records = bad_records.BadRecords()
     for i in range(60):
         records.add(BadRecord("not an image"), str(i))
-    records.saw(999)
+    records.saw(255)
     records.check(0.01)  # too few to tell
-    records.saw(1)
+    records.saw(745)
     records.check(0.06)
     with pytest.raises(UserError) as caught:
         records.check(0.05)
@@ -64,3 +64,11 @@ def test_threads_lose_nothing(warnings):
 
 def test_differences_leave_out_what_is_the_same():
     assert bad_records.difference({"a": 1, "b": 2}, {"a": 1, "b": 5, "c": 4}) == {"b": 3, "c": 4}
+
+
+def test_giving_up_names_the_reasons(warnings):
+    records = bad_records.BadRecords()
+    records.saw(20)
+    records.add(BadRecord("not an image"), "0 of shard")
+    with pytest.raises(UserError, match=r"20 records .* all bad, and 1 of 20 .*\(not an image 1\)"):
+        records.give_up(20)

@@ -236,11 +236,24 @@ def test_an_evaluation_marks_what_is_bad(spoilt):
     assert place.startswith("5 of ") and place.endswith("00000.tfrecord, key '00005'")
 
 
-def test_a_split_of_bad_records_ends_all_the_same(tmp_path):
+def test_a_split_of_bad_records_is_refused(tmp_path):
     record_writer.write_shards(tmp_path / "train", tiny_records.records(3, jpg=b"x"), 1)
     source = make(tmp_path)
-    assert not at(source, range(4))["valid"].any()
-    assert source.records.num_bad == 4 * sources.MAX_ATTEMPTS
+    message = refusal(lambda: at(source, range(4)))
+    assert f"{4 * sources.MAX_ATTEMPTS} of {4 * sources.MAX_ATTEMPTS} that were read" in message
+    assert "not an image" in message
+
+
+def test_the_share_of_bad_records_is_of_those_read(tmp_path):
+    """Stand-ins are read, too: of half bad records, half of all that is read is bad."""
+    records = [
+        tiny_records.records(i + 1, **({"jpg": b"x"} if i % 2 else {}))[i] for i in range(40)
+    ]
+    record_writer.write_shards(tmp_path / "train", records, 1)
+    source = make(tmp_path)
+    at(source, range(2000))
+    source.records.check(0.55)
+    assert "MAX_BAD_FRACTION 45.0%" in refusal(lambda: source.records.check(0.45))
 
 
 def test_damaged_shards_are_counted(tmp_path):

@@ -182,3 +182,17 @@ def test_what_cannot_resume_is_refused(directory):
     for other in ("both", "stream"):
         with pytest.raises(UserError, match=f"'{other}' cannot be read at any position"):
             tasks.get_task(other)
+
+
+@pytest.mark.parametrize("key", [
+    {}, ["txt"], 5, {"txt": "a"}, {"txt": -1.0, "b": 2.0}, {"txt": 0.0}, {"txt": float("nan")},
+    {"txt": float("inf")}, {3: 1.0},
+])  # fmt: skip
+def test_captions_without_sensible_rates_are_refused(directory, key):
+    with pytest.raises(UserError, match="CAPTION_KEY"):
+        tiny_records.task("tasks_test", directory, caption_key=key)
+
+
+def test_splits_are_names_with_patterns(directory):
+    with pytest.raises(UserError, match="DATA_SPLITS is 'train/\\*.tar'; it must be"):
+        tiny_records.task("tasks_test", directory, splits="train/*.tar")
