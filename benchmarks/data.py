@@ -43,14 +43,14 @@ LENGTH, BATCH = 8, 256
 NUM_MEMORY_SHARDS = 16
 
 
-def config(directory, pixels, vocabulary, kind="tfrecord", decode_fn=preprocessors.scaled_decode):
+def config(directory, pixels, vocabulary, kind="tfrecord", decode="scaled"):
     """Our data set over the corpus; `kind` is a folder of it."""
     formats = {"tar": webdataset.WebDataset(), "array_record": array_records.ArrayRecord()}
     name = tasks.image_text_task(
-        f"{kind}_{pixels}_{decode_fn.__name__}",
+        f"{kind}_{pixels}_{decode}",
         f"{directory}/{kind}",
         vocabulary,
-        functools.partial(preprocessors.inception_crop, decode_fn=decode_fn),
+        preprocessors.InceptionCrop(decode=decode),
         shard_format=formats.get(kind, tfrecords.TFRecord()),
         text_reduction="syntax",
     )
@@ -70,7 +70,7 @@ def pipelines(directory, pixels, vocabulary):
         if (pathlib.Path(directory) / kind).exists()
     }
     task = tasks.get_task(cfgs["tfrecord"].mixture_or_task_name)
-    full = config(directory, pixels, vocabulary, decode_fn=preprocessors.full_decode)
+    full = config(directory, pixels, vocabulary, decode="full")
     found: dict[str, Callable[[], Any]] = {
         "CLIPA's preprocessing, tf.data": lambda: data_peers.clipa(
             directory, pixels, vocabulary, LENGTH, BATCH

@@ -115,7 +115,9 @@ def webdataset_pillow(directory, size, vocabulary, length, batch_size, shuffle_b
         pixels = (np.asarray(image, np.float32) / 255.0 - MEAN) / STD
         words = sample["txt"].decode().split()[: length - 1]
         text = [ids.get(word, vocabulary.unk_id) for word in words]
-        return pixels.transpose(2, 0, 1), np.pad(text, (1, length - 1 - len(text)))
+        return pixels.transpose(2, 0, 1), np.pad(
+            np.asarray(text, np.int32), (1, length - 1 - len(text))
+        )
 
     shards = sorted(tf.io.gfile.glob(f"{directory}/tar/train/*.tar"))
     ds: Any = WebDataset(shards, shardshuffle=len(shards), empty_check=False).repeat()

@@ -4,7 +4,6 @@ import numpy as np
 
 from clipa_t5x.data import (
     input_pipeline,
-    preprocessors,
     record_writer,
     tasks,
     vocabularies,
@@ -62,7 +61,7 @@ def write_word_classes(vocabulary: vocabularies.BertVocabulary) -> None:
     word_classes.write(vocabulary.path, classes, "by hand", "1")
 
 
-def task(name: str, directory, image_preprocessor=preprocessors.inception_crop, **kwargs) -> str:
+def task(name: str, directory, image_preprocessor=None, **kwargs) -> str:
     """Registers a task over the shards in `directory`."""
     kwargs = {"label_key": "label", **kwargs}
     if "vocabulary" not in kwargs:

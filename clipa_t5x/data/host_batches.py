@@ -14,11 +14,13 @@ import tensorflow as tf
 
 from clipa_t5x.data import feature_converters, preprocessors, sources, tasks
 from clipa_t5x.data.bad_records import BadRecord
+from clipa_t5x.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
 
 # Records are read so many at a time.
 _READ_TOGETHER = 256
+_MOST_IN_VAIN = 4096
 
 
 def train(cfg: Any, rows: np.ndarray, first_sample: int) -> Iterator[HostBatch]:
@@ -52,6 +54,8 @@ class _Stream:
         self._cfg, self._count = cfg, count
         self._source = tasks.get_source(cfg.mixture_or_task_name)
         self._error: Exception | None = None
+        # Records read since the last image was decoded: where none can be, nothing would ever come.
+        self._in_vain, self._most_in_vain = 0, 4 * len(rows) + _MOST_IN_VAIN
         num_steps = None if count is None else -(-count // cfg.batch_size)
         wanted = indices(rows, first_sample, cfg.batch_size, num_steps)
         examples = sources.fetch(self._read, wanted, self._source.feature_names())
@@ -62,6 +66,13 @@ class _Stream:
 
     def _read(self, indices: np.ndarray) -> HostBatch:
         try:
+            self._in_vain += len(indices)
+            if self._in_vain > self._most_in_vain:
+                raise UserError(
+                    f"none of the last {self._in_vain} images of {self._cfg.mixture_or_task_name} "
+                    "can be decoded: their headers are in order, what follows is not. Write the "
+                    "data set again."
+                )
             return self._examples(indices, 0)
         except Exception as error:
             self._error = self._error or error
@@ -81,6 +92,8 @@ class _Stream:
         parts: list[HostBatch] = []
         while len(wanted):
             found = self._present()
+            if self._error is not None:
+                raise self._error
             most = min(len(found), len(wanted))
             same = found[:most] == wanted[:most]
             good = most if same.all() else int(np.argmin(same))
@@ -93,8 +106,6 @@ class _Stream:
             if good < len(wanted):
                 parts.append(self._stand_in(wanted[good : good + 1]))
             wanted = wanted[good + 1 :]
-        if self._error is not None:
-            raise self._error
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -103,6 +114,7 @@ class _Stream:
         """Indices of the examples at hand; none at the end."""
         if not len(self._chunk["index"]):
             self._chunk = next(self._chunks, self._chunk)
+            self._in_vain = 0
         return self._chunk["index"]
 
     def _stand_in(self, index: np.ndarray) -> HostBatch:

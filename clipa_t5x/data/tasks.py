@@ -22,7 +22,7 @@ def image_text_task(
     name: str,
     data_dir: str,
     vocabulary: vocabularies.BertVocabulary | None = None,
-    image_preprocessor: preprocessors.ImagePreprocessor = preprocessors.inception_crop,
+    image_preprocessor: preprocessors.ImagePreprocessor | None = None,
     shard_format: shard_formats.ShardFormat | None = None,
     splits: Mapping[str, str] | None = None,
     index_dir: str | None = None,
@@ -42,7 +42,8 @@ def image_text_task(
       name: of the task.
       data_dir: folder of the shards, local or gs://.
       vocabulary: tokeniser of the captions; None makes a task of images (and labels) alone.
-      image_preprocessor: function of (encoded image, its size, size, seed), see `preprocessors`.
+      image_preprocessor: function of (encoded image, its size, size, seed), see `preprocessors`;
+        None for `preprocessors.InceptionCrop()`.
       shard_format: how records lie in files; None for what the files' names say.
       splits: split name -> glob pattern under `data_dir`; default: the format's usual ones.
       index_dir: where the record index is kept; default beside the data.
@@ -72,7 +73,7 @@ def tfds_task(
     tfds_name: str | None,
     data_dir: str,
     vocabulary: vocabularies.BertVocabulary | None = None,
-    image_preprocessor: preprocessors.ImagePreprocessor = preprocessors.inception_crop,
+    image_preprocessor: preprocessors.ImagePreprocessor | None = None,
     splits: Mapping[str, str] | None = None,
     index_dir: str | None = None,
     image_key: str = "image",
@@ -159,7 +160,7 @@ def _register(
     name: str,
     source: sources.ImageTextSource,
     vocabulary: vocabularies.BertVocabulary | None,
-    image_preprocessor: preprocessors.ImagePreprocessor,
+    image_preprocessor: preprocessors.ImagePreprocessor | None,
     text_reduction: str,
 ) -> str:
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
@@ -172,7 +173,9 @@ def _register(
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=preprocessors.image_text_preprocessors(image_preprocessor),
+        preprocessors=preprocessors.image_text_preprocessors(
+            image_preprocessor or preprocessors.InceptionCrop()
+        ),
         output_features=features,
         shuffle_buffer_size=None,
     )

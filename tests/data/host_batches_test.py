@@ -7,6 +7,7 @@ import tiny_records
 from PIL import Image
 
 from clipa_t5x.data import host_batches, record_writer, tasks
+from clipa_t5x.errors import UserError
 
 COUNT = 13
 
@@ -70,11 +71,18 @@ def test_an_evaluation_marks_undecodable_images(tmp_path):
 
 
 def test_a_run_of_broken_images_is_bridged(tmp_path):
-    name = make(tmp_path, broken=range(12), vocabulary=None)
+    name = make(tmp_path, broken=range(7), vocabulary=None)
     (batch,) = take(tiny_records.config(name, COUNT, shuffle=False), 1)
-    # The one that can be decoded stands in where it was drawn in time.
-    assert batch["label"][12] == 12 % 5 and batch["valid"][12]
-    assert batch["index"].tolist() == list(range(COUNT))
+    assert batch["label"][7:].tolist() == [i % 5 for i in range(7, COUNT)]
+    assert batch["valid"].all() and batch["index"].tolist() == list(range(COUNT))
+
+
+def test_a_split_that_cannot_be_decoded_is_refused(tmp_path):
+    name = make(tmp_path, broken=range(COUNT), vocabulary=None)
+    with pytest.raises(
+        UserError, match="none of the last .* images of host_batches_test can be decoded"
+    ):
+        take(tiny_records.config(name, 4), 1)
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])

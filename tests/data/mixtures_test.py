@@ -194,7 +194,7 @@ def test_seqio_reads_it_in_its_own_way(mixture):
 @pytest.mark.parametrize("other, said", [
     ({"text_reduction": "random"}, "output features: text reduction 'truncate' and 'random'"),
     ({"vocabulary": None}, "output features: text TextFeature and None"),
-    ({"image_preprocessor": preprocessors.squash}, "preprocessors: .*inception_crop.*squash"),
+    ({"image_preprocessor": preprocessors.squash}, "preprocessors: .*InceptionCrop.*squash"),
 ])  # fmt: skip
 def test_tasks_that_differ_in_kind_are_refused(data_dirs, vocabulary, other, said):
     tiny_records.task("mix_a", data_dirs["mix_a"], vocabulary=vocabulary)
