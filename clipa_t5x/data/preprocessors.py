@@ -185,8 +185,9 @@ def crop_boxes(
 ) -> tf.Tensor:
     """Random parts of images, distributed as TensorFlow's `sample_distorted_bounding_box`.
 
-    (But for the last row and column of places, which TensorFlow's never takes.) An aspect ratio is uniform, then the height among those that keep to the area and the image,
-    then the place. Of several attempts the first that succeeds counts, or the whole image.
+    (But for the last row and column of places, which TensorFlow's never takes.) An aspect ratio is
+    uniform, then the height among those that keep to the area and the image, then the place. Of
+    several attempts the first that succeeds counts, or the whole image.
 
     Args:
       image_sizes: int32 [n, 2], (height, width).
