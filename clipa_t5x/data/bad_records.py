@@ -114,9 +114,3 @@ class BadRecords:
 
 def _spell(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {n}" for reason, n in counts.items())
-
-
-def difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-    """What was counted between two `BadRecords.counts`, zeros left out."""
-    changed = {name: n - before.get(name, 0) for name, n in after.items()}
-    return {name: n for name, n in changed.items() if n}

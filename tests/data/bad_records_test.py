@@ -62,10 +62,6 @@ def test_threads_lose_nothing(warnings):
     assert records.num_bad == 2000
 
 
-def test_differences_leave_out_what_is_the_same():
-    assert bad_records.difference({"a": 1, "b": 2}, {"a": 1, "b": 5, "c": 4}) == {"b": 3, "c": 4}
-
-
 def test_giving_up_names_the_reasons(warnings):
     records = bad_records.BadRecords()
     records.saw(20)
