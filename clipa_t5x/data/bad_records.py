@@ -3,6 +3,7 @@
 import collections
 import threading
 from collections.abc import Mapping
+from typing import NoReturn
 
 from absl import logging
 
@@ -97,7 +98,7 @@ class BadRecords:
             "kind), or raise --gin.MAX_BAD_FRACTION."
         )
 
-    def give_up(self, attempts: int) -> None:
+    def give_up(self, attempts: int) -> NoReturn:
         """Stops where no good record was found in so many attempts.
 
         Raises:

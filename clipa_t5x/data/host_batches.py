@@ -5,6 +5,7 @@ its decoder finds broken leaves a gap in the stream; what is here notices by the
 and fills it with a stand-in that is the same for every process and after every restart.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -79,10 +80,8 @@ class _Stream:
             return sources.blank(indices, self._cfg.seed)
 
     def _examples(self, indices: np.ndarray, attempt: int) -> HostBatch:
-        """Examples of indices, of which those past an evaluation's end are the last."""
-        known = indices if self._count is None else np.minimum(indices, self._count - 1)
         examples = self._source.examples_at(
-            self._cfg.split, known, shuffle=self._cfg.shuffle, seed=self._cfg.seed,
+            self._cfg.split, self._known(indices), shuffle=self._cfg.shuffle, seed=self._cfg.seed,
             replace_bad=self._count is None, attempt=attempt,
         )  # fmt: skip
         return {**examples, "index": indices}
@@ -119,21 +118,25 @@ class _Stream:
 
     def _stand_in(self, index: np.ndarray) -> HostBatch:
         """An example, as a batch of one, for one whose image could not be decoded."""
-        place = {"shuffle": self._cfg.shuffle, "seed": self._cfg.seed}
-        attempts = range(sources.MAX_ATTEMPTS) if self._count is None else range(1)
-        for attempt in attempts:
-            known = int(index[0]) if self._count is None else min(int(index[0]), self._count - 1)
-            where = self._source.where(self._cfg.split, known, **place, attempt=attempt)
-            self._source.records.add(BadRecord("undecodable image"), where)
-            if self._count is not None:
-                break
-            try:
+        if self._count is not None:
+            self._add_undecodable(index, 0)
+            return self._prepare_one(sources.blank(index, self._cfg.seed))
+        for attempt in range(sources.MAX_ATTEMPTS):
+            self._add_undecodable(index, attempt)
+            with contextlib.suppress(tf.errors.InvalidArgumentError):
                 return self._prepare_one(self._examples(index, attempt + 1))
-            except tf.errors.InvalidArgumentError:
-                continue
-        if self._count is None:
-            self._source.records.give_up(sources.MAX_ATTEMPTS)
-        return self._prepare_one(sources.blank(index, self._cfg.seed))
+        return self._source.records.give_up(sources.MAX_ATTEMPTS)
+
+    def _add_undecodable(self, index: np.ndarray, attempt: int) -> None:
+        where = self._source.where(
+            self._cfg.split, int(self._known(index)[0]), shuffle=self._cfg.shuffle,
+            seed=self._cfg.seed, attempt=attempt,
+        )  # fmt: skip
+        self._source.records.add(BadRecord("undecodable image"), where)
+
+    def _known(self, indices: np.ndarray) -> np.ndarray:
+        """Indices, of which those past an evaluation's end are the last."""
+        return indices if self._count is None else np.minimum(indices, self._count - 1)
 
     def _prepare_one(self, examples: HostBatch) -> HostBatch:
         given = {name: examples[name] for name in self._source.feature_names()}
