@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from clipa_t5x import gin_utils, metrics, stage_info, train, trainer
+from clipa_t5x import gin_utils, metrics, stage_info, train_loop, trainer
 from clipa_t5x.data import input_pipeline
 
 ROOT = "clipa_t5x.train.train"
@@ -65,10 +65,10 @@ def bare_segment(step, state, batch, num_steps):
 
 def loop_segment(step, state, batch, num_steps, writer, info, log_period):
     """Seconds per step of the training loop."""
-    progress = train.Progress(writer, info, 0)
+    progress = train_loop.Progress(writer, info, 0)
     start = time.perf_counter()
     steps = range(1, num_steps + 1)
-    updates = train.training_steps(state, step, SameBatch(batch), progress.clock, steps)
+    updates = train_loop.training_steps(state, step, SameBatch(batch), progress.clock, steps)
     for n, state, step_metrics in updates:  # noqa: B007  the last state is returned
         progress.add(step_metrics)
         if n % log_period == 0:

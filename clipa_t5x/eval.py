@@ -5,8 +5,7 @@ from typing import Any
 
 from absl import logging
 
-from clipa_t5x import checkpoints, metrics, models, optimizers, partitioning
-from clipa_t5x import train as train_lib
+from clipa_t5x import checkpoints, evaluation, metrics, models, optimizers, partitioning
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.evaluators import evaluator
@@ -57,8 +56,8 @@ def evaluate(
     writer = metrics.MetricsWriter(source)
     # The gallery is the run's last word: an earlier checkpoint leaves it.
     gallery_dir = source if step == checkpoints.locate(source)[1] else None
-    embed = train_lib.embed_functions(trainer, layout)
-    results = train_lib.run_evaluators(evaluators, params, embed, writer, step, gallery_dir)
+    embed = evaluation.embed_functions(trainer, layout)
+    results = evaluation.run_evaluators(evaluators, params, embed, writer, step, gallery_dir)
     writer.close()
     return results
 

@@ -1,11 +1,12 @@
 """Where metrics go: TensorBoard, `metrics.jsonl`, and a line of progress on the console."""
 
+import contextlib
 import json
 import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,9 +129,12 @@ class StepTimer:
         self._step, self._start, self._stalled = first_step, time.perf_counter(), 0.0
         self._paused = 0.0
 
-    def pause(self, seconds: float) -> None:
-        """Leaves `seconds` (of evaluation) out of the rates."""
-        self._paused += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done within (an evaluation) out of the rates."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
 
     def lap(self, step: int, stalled_seconds: float) -> dict[str, float]:
         """Rates since the last lap; `stalled_seconds` is the step clock's running total."""

@@ -1,29 +1,26 @@
-"""The training loop: `python -m clipa_t5x.train --gin_file=gin/bigG14_stage1.gin`.
+"""Training: `python -m clipa_t5x.train --gin_file=gin/bigG14_stage1.gin`.
 
-A *step* is one update; "after step n" means n updates are done. The order within a step is law:
-update, log, evaluate, save. Evaluation comes before saving, so that a run killed in between repeats
-the evaluation rather than lose it.
+`train` checks and builds what a run needs; the loop itself is `train_loop`.
 """
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
 from clipa_t5x import (
     checkpoints,
+    evaluation,
     metrics,
     model_info,
     models,
     optimizers,
     partitioning,
     stage_info,
+    train_loop,
     train_state,
 )
 from clipa_t5x import trainer as trainer_lib
@@ -80,7 +77,6 @@ def train(
     trainer = trainer_cls(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
     )
-    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
     check_data(model, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     info = stage_info.StageInfo.collect(
@@ -95,58 +91,26 @@ def train(
     # Only now: a start that is refused leaves what an earlier one wrote.
     summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
     write_model_info(model_dir, trainer, partitioner, batch_spec, info)
-    steps = range(int(state.step) + 1, total_steps + 1)
-    logging.info("Training steps %d to %d in %s.", steps[0], total_steps, model_dir)
-    train_step = compile_train_step(trainer)
-
-    evaluate = Evaluation(trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir)
-    progress = Progress(writer, info, steps[0] - 1)
-    batches = input_pipeline.TrainIterator(train_dataset_cfg, layout, position)
-    updates = training_steps(state, train_step, batches, progress.clock, steps)
-    with contextlib.closing(batches), contextlib.closing(progress.clock):
-        for step, state, step_metrics in updates:
-            progress.add(step_metrics)
-            if step % stats_period == 0 or step == total_steps:
-                progress.log(step, batches.statistics())
-            if step % eval_period == 0 or step == total_steps:
-                progress.timer.pause(evaluate(step, state.params, step == total_steps))
-            if checkpointer.is_due(step, total_steps):
-                progress.check_finite(step)
-                checkpointer.save(step, state, batches.state())
+    logging.info("Training steps %d to %d in %s.", state.step + 1, total_steps, model_dir)
+    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    loop = train_loop.TrainLoop(
+        train_step=compile_train_step(trainer),
+        dataset_cfg=train_dataset_cfg,
+        layout=layout,
+        checkpointer=checkpointer,
+        evaluate=evaluation.Evaluation(
+            trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir
+        ),
+        progress=train_loop.Progress(writer, info, int(state.step)),
+        total_steps=total_steps,
+        eval_period=eval_period,
+        stats_period=stats_period,
+    )
+    state = loop.run(state, position)
     checkpointer.close()
     writer.close()
     info.write(model_dir, completed=True)
     return state
-
-
-class Batches(Protocol):
-    """An endless iterator of global batches that tells how long the last one took to come."""
-
-    waited_seconds: float
-
-    def __next__(self) -> Mapping[str, jax.Array]: ...
-
-
-def training_steps(
-    state: train_state.TrainState,
-    train_step: Callable[..., Any],
-    batches: Batches,
-    clock: metrics.StepClock,
-    steps: Iterable[int],
-) -> Iterator[tuple[int, train_state.TrainState, trainer_lib.Metrics]]:
-    """Fetches and updates, once for each of `steps`.
-
-    Nothing here waits for the device: a step is dispatched as soon as its batch is there.
-
-    Yields:
-      (step, state after it, its metrics); the state before is donated, and gone.
-    """
-    for step in steps:
-        batch = next(batches)
-        clock.before_dispatch(batches.waited_seconds)
-        state, step_metrics = train_step(state, batch)
-        clock.dispatched(step_metrics)
-        yield step, state, step_metrics
 
 
 def check_arguments(
@@ -246,125 +210,6 @@ def starting_state(
         checkpoints.log_notes(cfg.path, notes)
         return trainer.init_state(seed, params), 0
     return trainer.init_state(seed), 0
-
-
-class Progress:
-    """Gathers the metrics of steps and, when asked, writes their means and a console line."""
-
-    def __init__(self, writer: metrics.MetricsWriter, info: stage_info.StageInfo, first_step: int):
-        """Begins after `first_step` updates."""
-        self._writer, self._info = writer, info
-        self._pending: list[trainer_lib.Metrics] = []
-        self.clock = metrics.StepClock()
-        self.timer = metrics.StepTimer(first_step, info.total_steps, info.batch_size)
-
-    def add(self, step_metrics: trainer_lib.Metrics) -> None:
-        """Keeps a step's metrics, on the device, until the next `log`."""
-        self._pending.append(step_metrics)
-
-    def check_finite(self, step: int) -> dict[str, float]:
-        """The means over the steps since the last `log`; waits for the device.
-
-        Where an update's norms are finite, so are the parameters after it: they may be saved.
-
-        Raises:
-          UserError: the loss or a norm is not a finite number.
-        """
-        means = metrics.mean(self._pending) if self._pending else {}
-        bad = {name: value for name, value in means.items() if not np.isfinite(value)}
-        if bad:
-            name, value = next((n, bad[n]) for n in ("loss", *bad) if n in bad)
-            raise UserError(
-                f"the {name} is {value} at step {step}: training has diverged. Lower LEARNING_RATE "
-                "or lengthen WARMUP_STEPS, and start again from the last checkpoint."
-            )
-        return means
-
-    def log(self, step: int, data_statistics: Mapping[str, float]) -> None:
-        """Writes the means over the steps since the last call, and what the input pipeline says.
-
-        Raises:
-          UserError: as `check_finite`.
-        """
-        means = self.check_finite(step)
-        self._pending.clear()
-        rates = self.timer.lap(step, self.clock.stalled_seconds)
-        values = {**means, **rates, **data_statistics}
-        metrics.log_progress(self._info.resolution, step, self._info.total_steps, values)
-        del values["seconds_left"]
-        values["samples"] = step * self._info.batch_size
-        self._writer.write(step, metrics.GROUP_TRAIN, values)
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """All evaluations of a run, in one call."""
-
-    trainer: trainer_lib.Trainer
-    layout: input_pipeline.BatchLayout
-    train_eval_dataset_cfg: input_pipeline.DatasetConfig | None
-    evaluators: Mapping[str, evaluator.Evaluator]
-    writer: metrics.MetricsWriter
-    model_dir: str
-
-    def __call__(self, step: int, params: Any, last: bool) -> float:
-        """Evaluates and writes; returns the seconds it took."""
-        start = time.perf_counter()
-        if self.train_eval_dataset_cfg is not None:
-            values = eval_loss(self.trainer, self.layout, self.train_eval_dataset_cfg, params)
-            name = self.train_eval_dataset_cfg.mixture_or_task_name
-            self.writer.write(step, f"training_eval/{name}", values)
-        run_evaluators(
-            self.evaluators,
-            params,
-            embed_functions(self.trainer, self.layout),
-            self.writer,
-            step,
-            self.model_dir if last else None,
-        )
-        return time.perf_counter() - start
-
-
-def embed_functions(
-    trainer: trainer_lib.Trainer, layout: input_pipeline.BatchLayout
-) -> evaluator.EmbedFunctions:
-    """What evaluators may see of the model."""
-    return evaluator.EmbedFunctions(trainer.embed_images, trainer.embed_text, layout)
-
-
-def run_evaluators(
-    evaluators: Mapping[str, evaluator.Evaluator],
-    params: Any,
-    embed: evaluator.EmbedFunctions,
-    writer: metrics.MetricsWriter,
-    step: int,
-    output_dir: str | None,
-) -> dict[str, Mapping[str, float]]:
-    """Runs each evaluator, writes its values under 'inference_eval/<name>' and returns them."""
-    results = {}
-    for name, item in evaluators.items():
-        results[name] = item.evaluate(params, embed, output_dir)
-        writer.write(step, f"inference_eval/{name}", results[name])
-        text = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items())
-        logging.info("Evaluation %s after step %d: %s", name, step, text)
-    return results
-
-
-def eval_loss(
-    trainer: trainer_lib.Trainer,
-    layout: input_pipeline.BatchLayout,
-    cfg: input_pipeline.DatasetConfig,
-    params: Any,
-) -> dict[str, float]:
-    """Mean loss and in-batch accuracy over one pass, batches weighted by their examples."""
-    sums: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
-    total = 0.0
-    for _, batch in input_pipeline.eval_batches(cfg, layout):
-        examples = float(batch["weights"].sum())
-        values = jax.device_get(trainer.eval_step(params, batch))
-        sums = {name: sums[name] + float(values[name]) * examples for name in sums}
-        total += examples
-    return {name: value / max(total, 1.0) for name, value in sums.items()}
 
 
 def write_model_info(

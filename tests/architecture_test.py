@@ -15,7 +15,8 @@ LAYERS = [
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
-    {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
+    {"train_loop", "evaluation"}
+    | {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"},

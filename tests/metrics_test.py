@@ -130,9 +130,10 @@ def test_step_timer_arithmetic(clock):
         }
     )
     # Only what happened since counts: 8 seconds, of which 3 were an evaluation's.
-    clock.now += 8
-    timer.pause(1)
-    timer.pause(2)
+    clock.now += 5
+    for seconds in (1, 2):
+        with timer.paused():
+            clock.now += seconds
     assert timer.lap(50, 1.5) == pytest.approx(
         {
             "samples_per_second": 20 / 5 * 64,
