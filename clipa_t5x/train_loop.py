@@ -7,16 +7,24 @@ the evaluation rather than lose it.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
-import numpy as np
+from absl import logging
 
-from clipa_t5x import checkpoints, evaluation, metrics, stage_info, train_state
+from clipa_t5x import (
+    bad_numbers,
+    checkpoints,
+    evaluation,
+    metrics,
+    stage_info,
+    supervision,
+    train_state,
+)
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
-from clipa_t5x.errors import UserError
 
 
 class Batches(Protocol):
@@ -45,56 +53,98 @@ def training_steps(
         batch = next(batches)
         clock.before_dispatch(batches.waited_seconds)
         state, step_metrics = train_step(state, batch)
-        clock.dispatched(step_metrics)
+        clock.dispatched(step, step_metrics)
         yield step, state, step_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where training begins, or goes on.
+
+    Attributes:
+      state: after the last update.
+      position: of the next batch's first sample in the endless sequence.
+      evaluation_due: whether the state was saved before its evaluation was done.
+      rewinds: how many times the run went back for bad numbers.
+      rows_at_once: rows of a batch whose activations a device held at a time; None for a new run.
+    """
+
+    state: train_state.TrainState
+    position: int = 0
+    evaluation_due: bool = False
+    rewinds: int = 0
+    rows_at_once: int | None = None
+
+
+class RewindError(Exception):
+    """The run must go back to its last checkpoint; the data to leave out end with `bad_step`'s."""
+
+    def __init__(self, bad_step: int):
+        super().__init__(f"bad numbers at step {bad_step}")
+        self.bad_step = bad_step
 
 
 class Progress:
     """Gathers the metrics of steps and, when asked, writes their means and a console line."""
 
-    def __init__(self, writer: metrics.MetricsWriter, info: stage_info.StageInfo, first_step: int):
-        """Begins after `first_step` updates."""
+    def __init__(
+        self,
+        writer: metrics.MetricsWriter,
+        info: stage_info.StageInfo,
+        supervisor: supervision.Supervisor,
+        policy: bad_numbers.Policy | None = None,
+    ):
+        """Writes to `writer`; `policy` is the one that the steps are made with."""
         self._writer, self._info = writer, info
+        self._supervisor, self._policy = supervisor, policy
+        self.clock = metrics.StepClock(supervisor.watchdog.completed)
+        self.restart(0, 0)
+
+    def restart(self, step: int, rewinds: int) -> None:
+        """Begins after `step` updates, forgetting what came before."""
         self._pending: list[trainer_lib.Metrics] = []
-        self.clock = metrics.StepClock()
-        self.timer = metrics.StepTimer(first_step, info.total_steps, info.batch_size)
+        self._logged_step, self._rewinds = step, rewinds
+        self.timer = metrics.StepTimer(step, self._info.total_steps, self._info.batch_size)
 
     def add(self, step_metrics: trainer_lib.Metrics) -> None:
         """Keeps a step's metrics, on the device, until the next `log`."""
         self._pending.append(step_metrics)
 
-    def check_finite(self, step: int) -> dict[str, float]:
-        """The means over the steps since the last `log`; waits for the device.
+    def look(self) -> bad_numbers.Continue:
+        """What to write of the steps since the last `log`; waits for the device.
 
-        Where an update's norms are finite, so are the parameters after it: they may be saved.
+        Where this returns, the parameters after these steps may be saved.
 
         Raises:
-          UserError: the loss or a norm is not a finite number.
+          BadNumbersError: training ends here.
+          RewindError: it goes on from the last checkpoint.
         """
-        means = metrics.mean(self._pending) if self._pending else {}
-        bad = {name: value for name, value in means.items() if not np.isfinite(value)}
-        if bad:
-            name, value = next((n, bad[n]) for n in ("loss", *bad) if n in bad)
-            raise UserError(
-                f"the {name} is {value} at step {step}: training has diverged. Lower LEARNING_RATE "
-                "or lengthen WARMUP_STEPS, and start again from the last checkpoint."
-            )
-        return means
+        steps = jax.device_get(self._pending)
+        verdict = bad_numbers.judge(self._policy, self._logged_step + 1, steps, self._rewinds)
+        if isinstance(verdict, bad_numbers.Stop):
+            raise bad_numbers.BadNumbersError(verdict.message)
+        if isinstance(verdict, bad_numbers.Rewind):
+            logging.warning("%s", verdict.notice)
+            raise RewindError(verdict.bad_step)
+        return verdict
 
     def log(self, step: int, data_statistics: Mapping[str, float]) -> None:
         """Writes the means over the steps since the last call, and what the input pipeline says.
 
         Raises:
-          UserError: as `check_finite`.
+          BadNumbersError, RewindError: as `look`.
         """
-        means = self.check_finite(step)
+        seen = self.look()
+        if seen.notice:
+            logging.warning("%s", seen.notice)
         self._pending.clear()
         rates = self.timer.lap(step, self.clock.stalled_seconds)
-        values = {**means, **rates, **data_statistics}
+        values = {**seen.values, **rates, **data_statistics}
         metrics.log_progress(self._info.resolution, step, self._info.total_steps, values)
         del values["seconds_left"]
         values["samples"] = step * self._info.batch_size
         self._writer.write(step, metrics.GROUP_TRAIN, values)
+        self._logged_step = step
 
 
 @dataclasses.dataclass
@@ -108,9 +158,12 @@ class TrainLoop:
       checkpointer: of the run.
       evaluate: its evaluations.
       progress: its metrics.
+      supervisor: what watches over it.
+      start_over: finds where to go on from when the run must go back.
       total_steps: absolute, those of earlier starts included.
       eval_period: steps between evaluations; the last step is evaluated, too.
       stats_period: steps between lines of metrics.
+      rows_at_once: see `Start`.
     """
 
     train_step: Callable[..., Any]
@@ -119,25 +172,101 @@ class TrainLoop:
     checkpointer: checkpoints.Checkpointer
     evaluate: evaluation.Evaluation
     progress: Progress
+    supervisor: supervision.Supervisor
+    start_over: Callable[[], Start]
     total_steps: int
     eval_period: int
     stats_period: int
+    rows_at_once: int
 
-    def run(self, state: train_state.TrainState, position: int) -> train_state.TrainState:
-        """Trains from `state`, whose next batch begins at sample `position`, to the end."""
-        steps = range(int(state.step) + 1, self.total_steps + 1)
-        batches = input_pipeline.TrainIterator(self.dataset_cfg, self.layout, position)
+    def run(self, start: Start) -> train_state.TrainState:
+        """Trains to the end.
+
+        Raises:
+          PreemptedError: the run was asked to stop; its state is saved.
+          BadNumbersError: it diverged; nothing of that is saved.
+        """
+        with contextlib.closing(self.progress.clock):
+            while True:
+                try:
+                    return self._run(start)
+                except RewindError as error:
+                    bad_step = error.bad_step
+                # Out here, where the exception no longer holds on to the state that went wrong:
+                # there is no room for two.
+                start = self._rewound(start, bad_step)
+
+    def _rewound(self, start: Start, bad_step: int) -> Start:
+        """The last checkpoint, with the data that follow `bad_step` of the run from `start`."""
+        taken = bad_step - start.step
+        return dataclasses.replace(
+            self.start_over(),
+            position=start.position + taken * self.dataset_cfg.batch_size,
+            evaluation_due=False,
+            rewinds=start.rewinds + 1,
+        )
+
+    def _run(self, start: Start) -> train_state.TrainState:
+        """Trains until the end, or until the run must go back."""
+        step, state = start.step, start.state
+        self.progress.restart(step, start.rewinds)
+        if start.evaluation_due:
+            self._evaluate(step, state)
+        batches = input_pipeline.TrainIterator(self.dataset_cfg, self.layout, start.position)
+        steps = range(step + 1, self.total_steps + 1)
         updates = training_steps(state, self.train_step, batches, self.progress.clock, steps)
-        with contextlib.closing(batches), contextlib.closing(self.progress.clock):
-            for step, state, step_metrics in updates:
-                self.progress.add(step_metrics)
-                is_last = step == self.total_steps
-                if step % self.stats_period == 0 or is_last:
-                    self.progress.log(step, batches.statistics())
-                if step % self.eval_period == 0 or is_last:
-                    with self.progress.timer.paused():
-                        self.evaluate(step, state.params, is_last)
-                if self.checkpointer.is_due(step, self.total_steps):
-                    self.progress.check_finite(step)
-                    self.checkpointer.save(step, state, batches.state())
+        with contextlib.closing(batches):
+            try:
+                for step, state, step_metrics in updates:
+                    self.progress.add(step_metrics)
+                    self._finish_step(step, state, batches, start.rewinds)
+            except Exception as error:
+                if step > start.step:
+                    self._save_after(error, step, state, batches, start.rewinds)
+                raise
         return state
+
+    def _finish_step(self, step: int, state: Any, batches: Any, rewinds: int) -> None:
+        """Logs, evaluates and saves what is due after `step` updates."""
+        is_last = step == self.total_steps
+        stopping = self.supervisor.stop_requested()
+        if stopping or is_last or step % self.stats_period == 0:
+            self.progress.log(step, batches.statistics())
+        evaluation_due, results = is_last or step % self.eval_period == 0, {}
+        if evaluation_due and not stopping:
+            try:
+                results, evaluation_due = self._evaluate(step, state), False
+            except supervision.StopRequestedError:
+                stopping = True
+        if stopping or self.checkpointer.is_due(step, self.total_steps):
+            self._save(step, state, batches, rewinds, evaluation_due, results)
+        if stopping:
+            raise preemption.PreemptedError(step)
+
+    def _evaluate(self, step: int, state: train_state.TrainState) -> dict[str, float]:
+        with self.progress.timer.paused(), self.supervisor.recorder.phase("evaluation"):
+            return self.evaluate(step, state.params, step == self.total_steps)
+
+    def _save(
+        self,
+        step: int,
+        state: train_state.TrainState,
+        batches: input_pipeline.TrainIterator,
+        rewinds: int,
+        evaluation_due: bool,
+        results: Mapping[str, float],
+    ) -> None:
+        self.progress.look()
+        self.supervisor.lease.check()
+        data_state = {
+            **batches.state(),
+            "evaluation_due": evaluation_due,
+            "rewinds": rewinds,
+            "rows_at_once": self.rows_at_once,
+        }
+        with self.supervisor.recorder.phase("checkpoint"):
+            self.checkpointer.save(step, state, data_state, results)
+
+    def _save_after(self, error: Exception, *args: Any) -> None:
+        """Saves what an error would lose; what fails here must not hide that error."""
+        ...

@@ -119,6 +119,19 @@ class Trainer:
             self.state_shardings,
         )
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the batch whose activations a device holds at a time."""
+        batch_size = self._batch_spec["images"].shape[0]
+        parts = self._partitioner.num_batch_parts(self.mesh)
+        return batch_size // parts // self.num_microbatches
+
+    def limit_rows_at_once(self, most: int) -> None:
+        """Takes as many microbatches more as keep `rows_at_once` at `most`; before compiling."""
+        rows = self.rows_at_once * self.num_microbatches
+        sizes = (n for n in range(self.num_microbatches, rows + 1) if rows % n == 0)
+        self.num_microbatches = next(n for n in sizes if rows // n <= max(most, 1))
+
     def _fresh_state(self, seed_key: jax.Array, params: Any = None) -> train_state.TrainState:
         init_rng, train_rng = jax.random.split(jax.random.wrap_key_data(seed_key))
         params = self._init_params(init_rng) if params is None else params

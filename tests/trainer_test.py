@@ -345,3 +345,19 @@ def test_a_batch_that_does_not_divide_is_refused(tiny_model, tiny_batch):
 def test_microbatches_that_do_not_divide_are_refused(tiny_model, tiny_batch):
     with pytest.raises(errors.UserError, match="NUM_MICROBATCHES is 3; it must divide the 2 rows"):
         _make_trainer(tiny_batch(16), tiny_model(), num_microbatches=3)
+
+
+def test_microbatches_take_up_the_rows_of_lost_devices(tiny_batch, tiny_model):
+    for num_devices, num_microbatches, most, expected in [
+        (8, 1, 3, 1), (4, 1, 3, 2), (2, 1, 3, 4), (1, 1, 3, 8), (1, 4, 3, 8),
+        (8, 1, 1, 3), (8, 1, 0, 3), (8, 3, 3, 3), (2, 1, 5, 3), (2, 1, 100, 1),
+    ]:  # fmt: skip
+        bound = _make_trainer(
+            tiny_batch(24),
+            tiny_model(),
+            num_devices=num_devices,
+            num_microbatches=num_microbatches,
+        )
+        bound.limit_rows_at_once(most)
+        assert bound.num_microbatches == expected, (num_devices, num_microbatches, most)
+        assert bound.rows_at_once == 24 // num_devices // expected
