@@ -1,44 +1,93 @@
-"""Checkpoints: the whole state of a run by orbax, and parameters handed from stage to stage.
+"""Checkpoints: the whole state of a run, saved beside training and verified before it is used.
 
-A checkpoint is `MODEL_DIR/checkpoint_<step>/` with three items: `state` (step, params, opt_state,
-rng), `data` (the position in the data) and `config` (the gin text that made it). It is written in
-the background under a temporary name and appears under its own only when complete.
+A checkpoint is `MODEL_DIR/checkpoint_<step>/` with three items, as orbax lays them out: `state`
+(step, params, opt_state, rng), `data` (the position in the data) and `config` (the gin text that
+made it), and the manifest of all their files. It counts when its manifest is there.
 """
 
 import dataclasses
 import json
 import os
 import re
-import time
+import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
-from clipa_t5x import train_state
-from clipa_t5x.errors import UserError
+from clipa_t5x import (
+    agreement,
+    checkpoint_folders,
+    checkpoint_manifest,
+    checkpoint_retention,
+    checkpoint_writer,
+    train_state,
+)
+from clipa_t5x.checkpoint_folders import PREFIX, folder_of
+from clipa_t5x.errors import UserError, check_number
 
-PREFIX = "checkpoint"
-ITEMS = ("state", "data", "config")
+_REMEDY = (
+    "Mend that and start again: the run goes on from its newest whole checkpoint "
+    "(MAX_FAILED_SAVES allows for some failures)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpointConfig:
-    """When to save.
+    """When to save, and what to keep.
 
     Attributes:
       period: steps between checkpoints; None saves at the end only. The last step is always saved.
-      keep: how many to keep; None keeps all.
+      keep: how many of the newest to keep; None keeps all.
+      keep_period: also keep those whose step is a multiple of it; None for none.
+      keep_best: also keep so many of the best by `best_metric`, of those that are evaluated in the
+        step that they are saved in.
+      best_metric: such as 'inference_eval/imagenet/accuracy'.
+      best_mode: 'max' where larger is better, or 'min'.
+      max_failed_saves: how many saves of a start may fail, each logged as an error, before the run
+        does. The last one of a run must not.
     """
 
     period: int | None = None
     keep: int | None = 3
+    keep_period: int | None = None
+    keep_best: int = 0
+    best_metric: str | None = None
+    best_mode: str = "max"
+    max_failed_saves: int = 0
+
+    def check(self) -> None:
+        """Refuses what cannot be saved by.
+
+        Raises:
+          UserError: a number that is none or too small, or half of what keeping the best needs.
+        """
+        for name, value in (
+            ("CHECKPOINT_PERIOD", self.period),
+            ("KEEP_CHECKPOINTS", self.keep),
+            ("KEEP_CHECKPOINT_PERIOD", self.keep_period),
+        ):
+            if value is not None:
+                check_number(name, value, minimum=1, whole=True)
+        check_number("KEEP_BEST_CHECKPOINTS", self.keep_best, minimum=0, whole=True)
+        check_number("MAX_FAILED_SAVES", self.max_failed_saves, minimum=0, whole=True)
+        if self.best_mode not in ("max", "min"):
+            raise UserError(f"BEST_MODE is {self.best_mode!r}; it must be 'max' or 'min'.")
+        if self.keep_best and not self.best_metric:
+            raise UserError(
+                f"KEEP_BEST_CHECKPOINTS is {self.keep_best} and BEST_METRIC is not set: name a "
+                "metric, such as 'inference_eval/imagenet/accuracy'."
+            )
+
+    @property
+    def retention(self) -> checkpoint_retention.Retention:
+        """What is kept, as arithmetic."""
+        return checkpoint_retention.Retention(
+            self.keep, self.keep_period, self.keep_best, self.best_mode
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,107 +117,242 @@ class CheckpointConfig:
     restore: RestoreCheckpointConfig = RestoreCheckpointConfig()
 
 
-def _manager(
-    model_dir: str, keep: int | None = None, read_only: bool = False
-) -> ocp.CheckpointManager:
-    policy = ocp.checkpoint_managers.preservation_policy
-    handlers: dict[str, Any] = {
-        "state": ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler(),
-        "data": ocp.JsonCheckpointHandler(),
-        "config": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(
-        epath.Path(model_dir).absolute(),
-        options=ocp.CheckpointManagerOptions(
-            step_prefix=PREFIX,
-            preservation_policy=policy.LatestN(keep) if keep else policy.PreserveAll(),
-            create=not read_only,
-            read_only=read_only,
-        ),
-        item_handlers=handlers,
-    )
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      state: laid out as was asked for.
+      data_state: the position in the data.
+      step: of the checkpoint.
+    """
+
+    state: train_state.TrainState
+    data_state: dict[str, Any]
+    step: int
 
 
 class Checkpointer:
-    """Saves and resumes one run's state in its MODEL_DIR."""
+    """Saves and resumes one run's state in its MODEL_DIR.
+
+    All methods are called by every process, in the same order. Writing, checksums, manifest and
+    retention are a thread's work beside training.
+    """
 
     def __init__(self, model_dir: str, cfg: SaveCheckpointConfig):
-        """Opens (and creates) `model_dir`, and clears it of what a killed run left half-written."""
-        _clear_incomplete(model_dir)
-        self._cfg = cfg
-        self._model_dir = model_dir
-        self._manager = _manager(model_dir, cfg.keep)
+        """Opens (and creates) `model_dir`, and clears it of what a killed run left half-written.
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None where there is none."""
-        return self._manager.latest_step()
+        Raises:
+          UserError: it cannot be written.
+        """
+        self._cfg, self._model_dir = cfg, model_dir
+        self._writer = checkpoint_writer.CheckpointWriter(model_dir, cfg.retention, cfg.best_metric)
+        self._failed_saves, self._last_failure = 0, ""
+        self._warned_of_metric = False
+        failure = agreement.same_for_all("checkpoints_opened", self._clear)
+        if failure:
+            raise UserError(f"MODEL_DIR {model_dir} cannot be written: {failure}. Use another one.")
+        self._find_steps()
+
+    def _clear(self) -> str:
+        try:
+            epath.Path(self._model_dir).mkdir(parents=True, exist_ok=True)
+            checkpoint_folders.clear_leftovers(self._model_dir)
+        except OSError as error:
+            return checkpoint_writer.cause(error)
+        return ""
+
+    def _find_steps(self) -> None:
+        steps = agreement.same_for_all("checkpoints_listed", lambda: json.dumps(self._there()))
+        self._steps: list[int] = json.loads(steps)
+
+    def _there(self) -> list[int]:
+        return checkpoint_folders.steps_there(self._model_dir)
+
+    def _folder(self, step: int) -> epath.Path:
+        return folder_of(self._model_dir, step)
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether the state after `step` updates is to be saved."""
         return step == last_step or (self._cfg.period is not None and step % self._cfg.period == 0)
+
+    def check_space(
+        self, abstract_state: train_state.TrainState, first_step: int, last_step: int
+    ) -> None:
+        """Refuses a run whose checkpoints would not fit on its disk; nothing is said of buckets.
+
+        Args:
+          abstract_state: what will be saved.
+          first_step: updates done so far.
+          last_step: updates that will be done.
+
+        Raises:
+          UserError: how much they would take, and how much there is.
+        """
+        period = self._cfg.period or last_step
+        due = [s for s in range(first_step + 1, last_step) if s % period == 0] + [last_step]
+        peak = self._cfg.retention.peak(self._steps, due)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+        needed = (peak - len(self._steps)) * size
+
+        def shortage() -> str:
+            if checkpoint_manifest.is_remote(self._model_dir):
+                return ""
+            free = shutil.disk_usage(self._model_dir).free
+            return "" if needed <= free else f"{free / 1e9:.3g}"
+
+        if free := agreement.same_for_all("checkpoint_space", shortage):
+            raise UserError(
+                f"checkpoints of this run take up to {needed / 1e9:.3g} GB more ({size / 1e9:.3g} "
+                f"GB each, {peak} at once, {len(self._steps)} are there), and the disk of "
+                f"MODEL_DIR {self._model_dir} has {free} GB left: lower KEEP_CHECKPOINTS, raise "
+                "CHECKPOINT_PERIOD, free space or use another MODEL_DIR."
+            )
 
     def save(
         self,
         step: int,
         state: train_state.TrainState,
         data_state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Begins to save in the background; a step that is already there is left alone.
 
-        The run's `config.gin`, where it has one, goes along.
+        Waits for the save before it. The run's `config.gin`, where it has one, goes along. The
+        state may be donated as soon as this returns.
+
+        Args:
+          step: updates done.
+          state: after them.
+          data_state: the position in the data, of JSON's types.
+          metrics: of this step's evaluation by flat name ('inference_eval/digit/accuracy').
 
         Raises:
-          Exception: the previous save failed. Nothing that fails here is passed over.
+          UserError: an earlier save failed, and no more may: where and why.
         """
-        if step in self._manager.all_steps():
+        self._settle()
+        if step in self._steps:
             return
-        config = epath.Path(self._model_dir) / "config.gin"
-        text = config.read_text() if jax.process_index() == 0 and config.exists() else ""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
-                data=ocp.args.JsonSave(dict(data_state)),  # pyright: ignore[reportCallIssue]
-                config=ocp.args.JsonSave({"gin": text}),  # pyright: ignore[reportCallIssue]
-            ),
-            force=True,
-        )
+        metrics = metrics or {}
+        self._check_metric(metrics)
+        self._writer.start(step, state, data_state, metrics)
+
+    def _check_metric(self, metrics: Mapping[str, float]) -> None:
+        name = self._cfg.best_metric
+        if self._cfg.keep_best and metrics and name not in metrics and not self._warned_of_metric:
+            self._warned_of_metric = True
+            logging.warning(
+                "No evaluation gives BEST_METRIC %s: no checkpoint is kept for it. Known: %s.",
+                name,
+                ", ".join(sorted(metrics)),
+            )
+
+    def _settle(self) -> None:
+        """Waits for the save that is under way, and counts it if it failed.
+
+        Raises:
+          UserError: more have failed than may.
+        """
+        outcome = self._writer.wait()
+        if outcome is None:
+            return
+        self._steps, self._last_failure = outcome.steps, ""
+        if not outcome.failure:
+            return
+        self._last_failure = f"saving {self._folder(outcome.step)} failed: {outcome.failure}"
+        self._failed_saves += 1
+        if self._failed_saves > self._cfg.max_failed_saves:
+            raise UserError(f"{self._last_failure}. {_REMEDY}")
+        logging.error(
+            "%s (failed save %d, MAX_FAILED_SAVES is %d): training goes on.",
+            self._last_failure, self._failed_saves, self._cfg.max_failed_saves,
+        )  # fmt: skip
 
     def restore(
-        self, abstract_state: train_state.TrainState
-    ) -> tuple[train_state.TrainState, dict[str, Any]]:
-        """The newest checkpoint's state, laid out as `abstract_state`, and its data position.
+        self, abstract_state: train_state.TrainState, before_step: int | None = None
+    ) -> Restored | None:
+        """The newest checkpoint that is as it was written; waits for a save that is under way.
+
+        Newer ones that are damaged are set aside, and so are those from `before_step` on: their
+        steps will be saved anew.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore to.
+          before_step: only checkpoints of earlier steps will do; None for any.
+
+        Returns:
+          None where there is no checkpoint, whole or not.
 
         Raises:
-          UserError: the checkpoint is of another model.
+          UserError: the checkpoint is of another model or optimizer, all are damaged, or an earlier
+            save failed.
         """
-        step = self.latest_step()
-        where = f"{self._model_dir}/{PREFIX}_{step}"
-        saved = saved_params(self._model_dir, step)
+        self._settle()
+        self._find_steps()
+        earlier = [s for s in self._steps if before_step is None or s < before_step]
+        step, damages = checkpoint_folders.newest_whole(self._model_dir, earlier)
+        if step is None:
+            self._refuse_to_start_over(damages)
+            return None
+        restored = self._load(step, abstract_state)
+        self._set_aside(step, damages)
+        return restored
+
+    def _refuse_to_start_over(self, damages: Mapping[int, str]) -> None:
+        if damages:
+            step = max(damages)
+            raise UserError(
+                f"no checkpoint in {self._model_dir} is as it was written, of {len(damages)}; in "
+                f"{PREFIX}_{step}, {damages[step]}. Put a whole one there, or use another "
+                "MODEL_DIR, or remove them to start from scratch."
+            )
+
+    def _set_aside(self, step: int, damages: Mapping[int, str]) -> None:
+        """Makes what is newer than `step` count no more."""
+
+        def move() -> str:
+            for newer in [s for s in self._there() if s > step]:
+                why = "damaged" if newer in damages else "rewound"
+                became = checkpoint_folders.set_aside(self._folder(newer), why)
+                logging.warning(
+                    "%s is passed over, and %s is used instead: %s; %s.",
+                    self._folder(newer), f"{PREFIX}_{step}",
+                    damages.get(newer, "training goes back before it"), became,
+                )  # fmt: skip
+            return ""
+
+        agreement.same_for_all("checkpoints_set_aside", move)
+        self._find_steps()
+
+    def _load(self, step: int, abstract_state: train_state.TrainState) -> Restored:
+        folder = self._folder(step)
+        saved = _saved_tree(folder)
         check_same_parameters(
-            saved, flatten(abstract_state.params), where,
+            flatten(saved["params"]), flatten(abstract_state.params), str(folder),
             "Use another MODEL_DIR, or the configuration that wrote it (its config.gin).",
         )  # fmt: skip
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state),  # pyright: ignore[reportCallIssue]
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"{where} holds another optimizer's state ({str(error).splitlines()[0]}). Use "
-                "another MODEL_DIR with INITIAL_CHECKPOINT_PATH, or the OPTIMIZER that wrote it."
-            ) from error
-        return restored["state"], restored["data"]
+        _check_same_optimizer(flatten(saved), flatten(abstract_state), folder)
+        state = checkpoint_writer.state_handler().restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                item=abstract_state,  # pyright: ignore[reportCallIssue]
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),  # pyright: ignore[reportCallIssue]
+            ),
+        )
+        return Restored(state, json.loads((folder / "data" / "metadata").read_text()), step)
 
     def close(self) -> None:
-        """Waits for the last save; raises if it failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manager.close()
+        """Waits for the last save.
+
+        Raises:
+          UserError: it failed, whatever may fail.
+        """
+        try:
+            self._settle()
+        finally:
+            self._writer.close()
+        agreement.same_for_all("checkpoints_closed", self._clear)
+        if self._last_failure:
+            raise UserError(f"{self._last_failure}, and it was the last of the run. {_REMEDY}")
 
 
 def wait_for_all_processes(name: str, timeout_secs: int = 3600) -> None:
@@ -189,76 +373,54 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def locate(path: str) -> tuple[str, int]:
-    """(MODEL_DIR, step) of a checkpoint folder, or of the newest complete one in a MODEL_DIR.
+    """(MODEL_DIR, step) of a checkpoint folder, or of the newest whole one in a MODEL_DIR.
+
+    Every file of it is read and compared with its manifest. Called by every process.
 
     Raises:
-      UserError: there is no complete checkpoint.
+      UserError: there is no complete checkpoint, or the one that is named is damaged.
     """
     path = path.rstrip("/")
-    if match := re.fullmatch(rf"{PREFIX}_(\d+)", os.path.basename(path)):
-        parent, step = os.path.dirname(path) or ".", int(match.group(1))
-        known = all_steps(parent)
-        if step in known:
-            return parent, step
-    else:
-        parent, known = path, all_steps(path)
-        if known:
-            return parent, known[-1]
-    raise UserError(
-        f"there is no complete checkpoint at {path} (complete ones there: "
-        f"{[f'{PREFIX}_{s}' for s in known] or 'none'}): give a MODEL_DIR that holds one, or one "
-        f"{PREFIX}_<step> folder (INITIAL_CHECKPOINT_PATH, --checkpoint)."
+    match = re.fullmatch(rf"{PREFIX}_(\d+)", os.path.basename(path))
+    parent = (os.path.dirname(path) or ".") if match else path
+    known = json.loads(
+        agreement.same_for_all("checkpoints_located", lambda: json.dumps(all_steps(parent)))
     )
+    candidates = [step for step in known if match is None or step == int(match.group(1))]
+    step, damages = checkpoint_folders.newest_whole(parent, candidates)
+    instead = f"and {PREFIX}_{step} is used instead" if step is not None else "and none is whole"
+    if step is None and match and damages:
+        raise UserError(
+            f"checkpoint {path} is damaged: {damages[int(match.group(1))]}. Name another one "
+            f"(there: {[f'{PREFIX}_{s}' for s in known]}), or the MODEL_DIR for its newest whole "
+            "one (INITIAL_CHECKPOINT_PATH, --checkpoint)."
+        )
+    for damaged, damage in damages.items():
+        logging.warning("%s is passed over, %s: %s.", folder_of(parent, damaged), instead, damage)
+    if step is None:
+        raise UserError(
+            f"there is no complete checkpoint at {path} (complete ones there: "
+            f"{[f'{PREFIX}_{s}' for s in known if s not in damages] or 'none'}): give a "
+            f"MODEL_DIR that holds one, or one {PREFIX}_<step> folder (INITIAL_CHECKPOINT_PATH, "
+            "--checkpoint)."
+        )
+    return parent, step
 
 
 def all_steps(model_dir: str) -> list[int]:
-    """Steps of the complete checkpoints in a MODEL_DIR, ascending."""
-    root = epath.Path(model_dir)
-    if not root.is_dir():
-        return []
-    with _manager(model_dir, read_only=True) as manager:
-        steps = sorted(manager.all_steps())
-    return [step for step in steps if _is_complete(root / f"{PREFIX}_{step}")]
+    """Steps of the complete checkpoints in a MODEL_DIR, ascending; whether whole, is not read."""
+    return checkpoint_folders.complete_steps(model_dir)
 
 
-def _is_complete(path: epath.Path) -> bool:
-    """Whether a checkpoint's folder holds its items and was committed, the last act of a save."""
-    metadata = path / "_CHECKPOINT_METADATA"
-    if not metadata.exists() or not all((path / item).is_dir() for item in ITEMS):
-        return False
-    try:
-        return json.loads(metadata.read_text())["commit_timestamp_nsecs"] is not None
-    except (ValueError, KeyError):
-        return False
-
-
-def _clear_incomplete(model_dir: str) -> None:
-    """Removes half-written checkpoints; one that may be another's broken copy is set aside.
-
-    Orbax's own clean-up would take every folder of MODEL_DIR in a bucket, logs and the checkpoints
-    of other stages included, for a half-written checkpoint.
-    """
-    root = epath.Path(model_dir)
-    if jax.process_index() == 0 and root.is_dir():
-        for path in root.iterdir():
-            match = re.fullmatch(rf"{PREFIX}_\d+(\.orbax-checkpoint-tmp.*)?", path.name)
-            if match is None or not path.is_dir():
-                continue
-            if match.group(1):
-                logging.warning("Removing %s, which a killed run left half-written.", path)
-                path.rmtree()
-            elif not _is_complete(path):
-                aside = path.with_name(f"{path.name}.incomplete-{time.time_ns()}")
-                logging.warning("%s is not a complete checkpoint: it is now %s.", path, aside)
-                path.rename(aside)
-    multihost_utils.sync_global_devices("incomplete checkpoints cleared")
-
-
-def saved_params(model_dir: str, step: int | None) -> dict[str, jax.ShapeDtypeStruct]:
+def saved_params(model_dir: str, step: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of the parameters in a checkpoint; reads no array."""
-    with _manager(model_dir, read_only=True) as manager:
-        tree = manager.item_metadata(step)["state"].tree["params"]  # pyright: ignore
-    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flatten(tree).items()}
+    params = _saved_tree(folder_of(model_dir, step))["params"]
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flatten(params).items()}
+
+
+def _saved_tree(folder: epath.Path) -> Any:
+    """A checkpoint's train state as a nested dictionary of what describes its arrays."""
+    return checkpoint_writer.state_handler().metadata(folder / "state").tree
 
 
 def check_same_parameters(
@@ -269,118 +431,31 @@ def check_same_parameters(
     Raises:
       UserError: lists up to eight of the differences, and says how many there are.
     """
-    differences = [f"{k} is missing there" for k in wanted if k not in saved]
-    differences += [f"{k} is unknown here" for k in saved if k not in wanted]
-    differences += [
-        f"{k} is {tuple(saved[k].shape)} there and {tuple(wanted[k].shape)} here"
-        for k in wanted
-        if k in saved and tuple(saved[k].shape) != tuple(wanted[k].shape)
-    ]
-    if differences:
-        shown = "; ".join(differences[:8]) + ("; ..." if len(differences) > 8 else "")
+    if found := _differences(saved, wanted):
+        shown = "; ".join(found[:8]) + ("; ..." if len(found) > 8 else "")
         raise UserError(
-            f"checkpoint {where} is of a different model: {len(differences)} parameters differ: "
+            f"checkpoint {where} is of a different model: {len(found)} parameters differ: "
             f"{shown}. {remedy}"
         )
 
 
-def load_params(
-    path: str, abstract_params: Any, resized: Sequence[str] = ()
-) -> tuple[Any, list[str]]:
-    """Parameters of a checkpoint by name, laid out as `abstract_params`.
-
-    Args:
-      path: see `locate`.
-      abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
-      resized: names whose first dimension is interpolated where it differs.
-
-    Returns:
-      (parameters, one line for each that was resized).
-
-    Raises:
-      UserError: there is no checkpoint, or names or shapes differ beyond `resized`.
-    """
-    model_dir, step = locate(path)
-    saved, wanted = saved_params(model_dir, step), flatten(abstract_params)
-    changed = {
-        name
-        for name in resized
-        if name in saved and name in wanted
-        and saved[name].shape[1:] == wanted[name].shape[1:]
-        and saved[name].shape != wanted[name].shape
-    }  # fmt: skip
-    check_same_parameters(
-        {k: v for k, v in saved.items() if k not in changed},
-        {k: v for k, v in wanted.items() if k not in changed},
-        f"{model_dir}/{PREFIX}_{step}",
-        "Give a checkpoint of this model (INITIAL_CHECKPOINT_PATH, --checkpoint).",
-    )
-
-    def as_saved(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape, sharding = leaf.shape, leaf.sharding
-        if name in changed:  # small; its dimensions need not divide by the mesh
-            shape = saved[name].shape
-            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-
-    request = {"params": jax.tree_util.tree_map_with_path(as_saved, abstract_params)}
-    with _manager(model_dir, read_only=True) as manager:
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=request,  # pyright: ignore[reportCallIssue]
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(request),  # pyright: ignore[reportCallIssue]
-                    partial_restore=True,  # pyright: ignore[reportCallIssue]
-                )
-            ),
-        )["state"]["params"]
-
-    notes = []
-
-    def fit(path: Any, leaf: jax.Array, target: Any) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name not in changed:
-            return leaf
-        notes.append(f"{name}: {leaf.shape[0]} -> {target.shape[0]} positions")
-        resize = resize_image_positions if name.startswith("image_tower") else resize_positions
-        resize_to = jax.jit(resize, static_argnums=1, out_shardings=target.sharding)
-        return resize_to(leaf, target.shape[0])
-
-    return jax.tree_util.tree_map_with_path(fit, restored, abstract_params), notes
-
-
-def resize_positions(table: jax.Array, length: int) -> jax.Array:
-    """Linear interpolation of a position table [positions, width] to [length, width].
-
-    Half-pixel centres, edges clamped: what turns CLIPA's 8 text positions into 32.
-    """
-    return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
-
-
-def resize_image_positions(table: jax.Array, length: int) -> jax.Array:
-    """Bilinear interpolation of a learned table [1 + n^2, width] to [length, width].
-
-    The class token's row, the first, is kept; the others are a square grid.
-
-    Raises:
-      UserError: one of the two is not a square grid and a class token.
-    """
-    old, new = round(np.sqrt(table.shape[0] - 1)), round(np.sqrt(length - 1))
-    if old**2 != table.shape[0] - 1 or new**2 != length - 1:
+def _check_same_optimizer(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path
+) -> None:
+    if found := _differences(saved, wanted):
         raise UserError(
-            f"image position embeddings of {table.shape[0]} and {length} rows are not a class "
-            "token and a square grid: use square images, or position_embedding='sincos2d'."
+            f"{folder} holds another optimizer's state ({len(found)} arrays differ: {found[0]}). "
+            "Use another MODEL_DIR with INITIAL_CHECKPOINT_PATH, or the OPTIMIZER that wrote it."
         )
-    width = table.shape[1]
-    grid = table[1:].reshape(old, old, width)
-    grid = jax.image.resize(grid, (new, new, width), "linear", antialias=False)
-    return jnp.concatenate([table[:1], grid.reshape(-1, width)])
 
 
-def log_notes(path: str, notes: Sequence[str]) -> None:
-    """Tells what was taken from where."""
-    logging.info("Parameters from %s by name; optimizer, step and data start anew.", path)
-    for note in notes:
-        logging.info("Resized %s.", note)
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [
+        *(f"{k} is missing there" for k in wanted if k not in saved),
+        *(f"{k} is unknown here" for k in saved if k not in wanted),
+        *(
+            f"{k} is {tuple(saved[k].shape)} there and {tuple(wanted[k].shape)} here"
+            for k in wanted
+            if k in saved and tuple(saved[k].shape) != tuple(wanted[k].shape)
+        ),
+    ]

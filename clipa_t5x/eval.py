@@ -5,7 +5,15 @@ from typing import Any
 
 from absl import logging
 
-from clipa_t5x import checkpoints, evaluation, metrics, models, optimizers, partitioning
+from clipa_t5x import (
+    checkpoints,
+    evaluation,
+    metrics,
+    models,
+    optimizers,
+    partitioning,
+    stage_handover,
+)
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.evaluators import evaluator
@@ -41,7 +49,6 @@ def evaluate(
     Raises:
       UserError: there is no complete checkpoint, or it is of another model.
     """
-    source, step = checkpoints.locate(checkpoint or model_dir)
     trainer = trainer_lib.Trainer(
         model=model,
         optimizer=optimizer,
@@ -49,15 +56,14 @@ def evaluate(
         batch_spec=train_dataset_cfg.batch_spec(),
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
-    params = checkpoints.load_params(
-        f"{source}/{checkpoints.PREFIX}_{step}", trainer.abstract_state.params
-    )[0]
+    loaded = stage_handover.load_params(checkpoint or model_dir, trainer.abstract_state.params)
+    source, step = loaded.model_dir, loaded.step
     logging.info("Evaluating %s after step %d.", source, step)
     writer = metrics.MetricsWriter(source)
     # The gallery is the run's last word: an earlier checkpoint leaves it.
-    gallery_dir = source if step == checkpoints.locate(source)[1] else None
+    gallery_dir = source if step == checkpoints.all_steps(source)[-1] else None
     embed = evaluation.embed_functions(trainer, layout)
-    results = evaluation.run_evaluators(evaluators, params, embed, writer, step, gallery_dir)
+    results = evaluation.run_evaluators(evaluators, loaded.params, embed, writer, step, gallery_dir)
     writer.close()
     return results
 

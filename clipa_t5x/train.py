@@ -19,6 +19,7 @@ from clipa_t5x import (
     models,
     optimizers,
     partitioning,
+    stage_handover,
     stage_info,
     train_loop,
     train_state,
@@ -130,12 +131,7 @@ def check_arguments(
         raise UserError(f"MODEL_DIR {model_dir} is a file: name a folder, existing or not.")
     for name, value in counts.items():
         check_number(name, value, minimum=1, whole=True)
-    for name, value in (
-        ("CHECKPOINT_PERIOD", save_cfg.period),
-        ("KEEP_CHECKPOINTS", save_cfg.keep),
-    ):
-        if value is not None:
-            check_number(name, value, minimum=1, whole=True)
+    save_cfg.check()
     check_number("RANDOM_SEED", random_seed, minimum=0, whole=True)
 
 
@@ -199,16 +195,13 @@ def starting_state(
     seed: int,
 ) -> tuple[train_state.TrainState, int]:
     """(state, position in the data): the newest checkpoint's, else an earlier stage's, else new."""
-    if checkpointer.latest_step() is not None:
-        state, data_state = checkpointer.restore(trainer.abstract_state)
-        logging.info("Resuming after step %d.", checkpointer.latest_step())
-        return state, input_pipeline.resume_position(dataset_cfg, data_state)
+    if restored := checkpointer.restore(trainer.abstract_state):
+        logging.info("Resuming after step %d.", restored.step)
+        return restored.state, input_pipeline.resume_position(dataset_cfg, restored.data_state)
     if cfg.path:
-        params, notes = checkpoints.load_params(
-            cfg.path, trainer.abstract_state.params, cfg.resized
-        )
-        checkpoints.log_notes(cfg.path, notes)
-        return trainer.init_state(seed, params), 0
+        loaded = stage_handover.load_params(cfg.path, trainer.abstract_state.params, cfg.resized)
+        stage_handover.log_notes(cfg.path, loaded.notes)
+        return trainer.init_state(seed, loaded.params), 0
     return trainer.init_state(seed), 0
 
 

@@ -19,7 +19,9 @@ LAYERS = [
     | {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
-    | {"step_cost", "cost_report"},
+    | {"step_cost", "cost_report"}
+    | {"agreement", "checkpoint_manifest", "checkpoint_retention", "checkpoint_folders"}
+    | {"checkpoint_writer", "stage_handover"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
     | {"export", "precompile", "import_weights", "plan"},
 ]

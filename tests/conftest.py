@@ -1,3 +1,4 @@
+import functools
 import os
 
 import flax.linen as nn
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
+import saved_runs
 
 from clipa_t5x import models
 from clipa_t5x.towers import text_transformer, vision_transformer
@@ -91,3 +93,9 @@ def tiny_batch():
         return {"images": jnp.asarray(images), "text": jnp.asarray(text)}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_trainer(tiny_model):
+    """Returns a function that makes a trainer; see `saved_runs.make_trainer`."""
+    return functools.partial(saved_runs.make_trainer, tiny_model)

@@ -1,0 +1,197 @@
+"""Writing a checkpoint beside training: arrays, manifest, and what it makes superfluous."""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from clipa_t5x import (
+    agreement,
+    checkpoint_folders,
+    checkpoint_manifest,
+    checkpoint_retention,
+    train_state,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a save, the same on every process.
+
+    Attributes:
+      step: that was saved.
+      failure: why it failed, with the first process that could not; '' where it did not.
+      steps: of the complete checkpoints that there are now.
+    """
+
+    step: int
+    failure: str
+    steps: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """A save that is under way.
+
+    Attributes:
+      step: that is saved.
+      metrics: of this step's evaluation.
+      mesh: axis sizes.
+      commits: what orbax writes in the background.
+      failure: why it failed before the background, '' where it did not.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    mesh: Mapping[str, int]
+    commits: Sequence[Any]
+    failure: str
+
+
+def state_handler() -> ocp.PyTreeCheckpointHandler:
+    """What writes and reads a train state: few files for many arrays, as they are in memory.
+
+    Compressing floats would take ten times the processor's time for a twelfth of the size.
+    """
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint after the other into a MODEL_DIR, in a thread.
+
+    All methods are called by every process, in the same order.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        retention: checkpoint_retention.Retention,
+        best_metric: str | None = None,
+    ):
+        """Writes nothing yet; `best_metric` is what `retention` ranks by."""
+        self._model_dir, self._retention, self._best_metric = model_dir, retention, best_metric
+        self._handler = state_handler()
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[str] | None = None
+
+    def start(
+        self,
+        step: int,
+        state: train_state.TrainState,
+        data_state: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Begins a save, when the one before has been waited for; see `Checkpointer.save`."""
+        failure = agreement.same_for_all(
+            "checkpoint_begun", lambda: self._begin(self._folder(step), data_state)
+        )
+        commits: list[Any] = []
+        if not failure:
+            copy = self._worker.submit(_attempt, lambda: commits.extend(self._copy(step, state)))
+            failure = copy.result()
+        mesh = getattr(state.step.sharding, "mesh", None)
+        save = _Save(step, metrics, mesh.shape if mesh else {}, commits, failure)
+        self._pending = self._worker.submit(self._write, save)
+
+    def wait(self) -> Outcome | None:
+        """What became of the save that is under way; None where none is."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        return Outcome(**json.loads(pending.result()))
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._worker.shutdown()
+
+    def _folder(self, step: int) -> epath.Path:
+        return checkpoint_folders.folder_of(self._model_dir, step)
+
+    def _begin(self, folder: epath.Path, data_state: Mapping[str, Any]) -> str:
+        """Makes the folder and writes all but the arrays; '' or why it could not."""
+
+        def begin() -> None:
+            checkpoint_folders.clear_leftovers(self._model_dir)
+            checkpoint_folders.begin(folder)
+            config = epath.Path(self._model_dir) / "config.gin"
+            text = config.read_text() if config.exists() else ""
+            (folder / "data" / "metadata").write_text(json.dumps(dict(data_state)))
+            (folder / "config" / "metadata").write_text(json.dumps({"gin": text}))
+
+        return _attempt(begin)
+
+    def _copy(self, step: int, state: train_state.TrainState) -> Sequence[Any]:
+        """Takes the state off the devices; what is returned still has to be written.
+
+        In a thread, for asyncio runs in none that has an event loop, as notebooks do.
+        """
+        save = self._handler.async_save(
+            self._folder(step) / "state",
+            args=ocp.args.PyTreeSave(state),  # pyright: ignore[reportCallIssue]
+        )
+        return asyncio.run(save) or ()  # pyright: ignore[reportArgumentType]
+
+    def _write(self, save: _Save) -> str:
+        """In the background, on every process: what became of a save, as JSON."""
+        failures = [save.failure, *(_attempt(commit.result) for commit in save.commits)]
+        failure = agreement.first_word(failures)
+        return agreement.agree(
+            "checkpoint_written",
+            failure,
+            lambda failures: self._complete(save, agreement.first_word(failures)),
+        )
+
+    def _complete(self, save: _Save, failure: str) -> str:
+        """On process 0, when all have written: manifest and retention, or removal of the rest."""
+        folder = self._folder(save.step)
+        failure = failure or _attempt(lambda: self._make_count(folder, save))
+        if not failure:
+            failure = _attempt(self._remove_superseded)
+        elif not checkpoint_folders.is_complete(folder):
+            # It may still be written into: what is left goes with the next save.
+            _attempt(lambda: checkpoint_folders.empty(folder))
+        steps: list[int] = []
+        _attempt(lambda: steps.extend(checkpoint_folders.complete_steps(self._model_dir)))
+        return json.dumps({"step": save.step, "failure": failure, "steps": steps})
+
+    def _make_count(self, folder: epath.Path, save: _Save) -> None:
+        self._handler.finalize(folder / "state")
+        checkpoint_manifest.write(folder, save.step, save.metrics, save.mesh)
+        checkpoint_folders.finish(folder)
+
+    def _remove_superseded(self) -> None:
+        saved = {
+            step: self._metric(step) for step in checkpoint_folders.complete_steps(self._model_dir)
+        }
+        for step in self._retention.superseded(saved):
+            checkpoint_folders.remove(self._folder(step))
+
+    def _metric(self, step: int) -> float | None:
+        if not self._retention.keep_best:
+            return None
+        try:
+            return checkpoint_manifest.read(self._folder(step))["metrics"].get(self._best_metric)
+        except checkpoint_manifest.DamageError:
+            return None
+
+
+def _attempt(action: Callable[[], Any]) -> str:
+    """Does something; '' or why it failed. Nothing that goes wrong in a save may pass for one."""
+    try:
+        action()
+    except Exception as error:
+        return cause(error)
+    return ""
+
+
+def cause(error: BaseException) -> str:
+    """Why something could not be written, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    text = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {text.partition(' [source locations=')[0]}".rstrip(".: ")

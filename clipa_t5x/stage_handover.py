@@ -1,0 +1,125 @@
+"""Parameters handed from stage to stage: by name, position tables resized."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from clipa_t5x import checkpoint_folders, checkpoint_writer, checkpoints
+from clipa_t5x.errors import UserError
+
+
+class Loaded(NamedTuple):
+    """Parameters, and where they come from.
+
+    Attributes:
+      params: laid out as was asked for.
+      notes: one line for each that was resized.
+      model_dir: that holds the checkpoint.
+      step: of the checkpoint.
+    """
+
+    params: Any
+    notes: list[str]
+    model_dir: str
+    step: int
+
+
+def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) -> Loaded:
+    """Parameters of a checkpoint by name, laid out as `abstract_params`.
+
+    Args:
+      path: see `checkpoints.locate`.
+      abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
+      resized: names whose first dimension is interpolated where it differs.
+
+    Raises:
+      UserError: there is no checkpoint, it is damaged, or names or shapes differ beyond `resized`.
+    """
+    model_dir, step = checkpoints.locate(path)
+    saved = checkpoints.saved_params(model_dir, step)
+    wanted = checkpoints.flatten(abstract_params)
+    changed = {
+        name
+        for name in resized
+        if name in saved and name in wanted
+        and saved[name].shape[1:] == wanted[name].shape[1:]
+        and saved[name].shape != wanted[name].shape
+    }  # fmt: skip
+    checkpoints.check_same_parameters(
+        {k: v for k, v in saved.items() if k not in changed},
+        {k: v for k, v in wanted.items() if k not in changed},
+        f"{model_dir}/{checkpoints.PREFIX}_{step}",
+        "Give a checkpoint of this model (INITIAL_CHECKPOINT_PATH, --checkpoint).",
+    )
+
+    def as_saved(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape, sharding = leaf.shape, leaf.sharding
+        if name in changed:  # small; its dimensions need not divide by the mesh
+            shape = saved[name].shape
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+    request = {"params": jax.tree_util.tree_map_with_path(as_saved, abstract_params)}
+    restored = checkpoint_writer.state_handler().restore(
+        checkpoint_folders.folder_of(model_dir, step) / "state",
+        args=ocp.args.PyTreeRestore(
+            item=request,  # pyright: ignore[reportCallIssue]
+            restore_args=ocp.checkpoint_utils.construct_restore_args(request),  # pyright: ignore[reportCallIssue]
+            partial_restore=True,  # pyright: ignore[reportCallIssue]
+        ),
+    )["params"]
+
+    notes = []
+
+    def fit(path: Any, leaf: jax.Array, target: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in changed:
+            return leaf
+        notes.append(f"{name}: {leaf.shape[0]} -> {target.shape[0]} positions")
+        resize = resize_image_positions if name.startswith("image_tower") else resize_positions
+        resize_to = jax.jit(resize, static_argnums=1, out_shardings=target.sharding)
+        return resize_to(leaf, target.shape[0])
+
+    params = jax.tree_util.tree_map_with_path(fit, restored, abstract_params)
+    return Loaded(params, notes, model_dir, step)
+
+
+def resize_positions(table: jax.Array, length: int) -> jax.Array:
+    """Linear interpolation of a position table [positions, width] to [length, width].
+
+    Half-pixel centres, edges clamped: what turns CLIPA's 8 text positions into 32.
+    """
+    return jax.image.resize(table, (length, table.shape[1]), "linear", antialias=False)
+
+
+def resize_image_positions(table: jax.Array, length: int) -> jax.Array:
+    """Bilinear interpolation of a learned table [1 + n^2, width] to [length, width].
+
+    The class token's row, the first, is kept; the others are a square grid.
+
+    Raises:
+      UserError: one of the two is not a square grid and a class token.
+    """
+    old, new = round(np.sqrt(table.shape[0] - 1)), round(np.sqrt(length - 1))
+    if old**2 != table.shape[0] - 1 or new**2 != length - 1:
+        raise UserError(
+            f"image position embeddings of {table.shape[0]} and {length} rows are not a class "
+            "token and a square grid: use square images, or position_embedding='sincos2d'."
+        )
+    width = table.shape[1]
+    grid = table[1:].reshape(old, old, width)
+    grid = jax.image.resize(grid, (new, new, width), "linear", antialias=False)
+    return jnp.concatenate([table[:1], grid.reshape(-1, width)])
+
+
+def log_notes(path: str, notes: Sequence[str]) -> None:
+    """Tells what was taken from where."""
+    logging.info("Parameters from %s by name; optimizer, step and data start anew.", path)
+    for note in notes:
+        logging.info("Resized %s.", note)
