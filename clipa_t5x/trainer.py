@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from clipa_t5x import bad_numbers as bad_numbers_lib
 from clipa_t5x import microbatching, models, optimizers, partitioning, train_state
 
 Metrics = Mapping[str, jax.Array]
@@ -29,6 +30,7 @@ def train_step(
     optimizer: optimizers.Optimizer,
     num_microbatches: int = 1,
     augment: Augment | None = None,
+    bad_numbers: bad_numbers_lib.Policy | None = None,
 ) -> tuple[train_state.TrainState, Metrics]:
     """One update: a pure function.
 
@@ -40,10 +42,12 @@ def train_step(
       optimizer: the update rule.
       num_microbatches: see `microbatching.value_and_grad`.
       augment: makes of images and keys what the model sees; None where that is the images.
+      bad_numbers: which updates are not applied; the state then has a guard. None applies all.
 
     Returns:
       The state after the update, and float32 scalars: the model's metrics, the learning rate of
-      this update, and the global norms of gradient, parameters (before) and update.
+      this update, the global norms of gradient, parameters (before) and update, and those of
+      `bad_numbers.guard_update`.
     """
     if augment is not None:
         batch = {**batch, "images": augment(batch["images"], batch["augment_keys"])}
@@ -59,7 +63,10 @@ def train_step(
         "update_norm": optax.tree.norm(updates),
     }
     params: Any = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # pyright: ignore[reportAttributeAccessIssue]
+    after = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # pyright: ignore[reportAttributeAccessIssue]
+    if bad_numbers is None:
+        return after, metrics
+    return bad_numbers_lib.guard_update(bad_numbers, state, after, metrics)
 
 
 class Trainer:
@@ -69,6 +76,7 @@ class Trainer:
       state_shardings: a NamedSharding for every array of the train state.
       abstract_state: shapes, dtypes and shardings of the train state; no memory is allocated.
       num_microbatches: how many parts of the batch the train step runs one after the other.
+      bad_numbers: what the train step does about bad numbers, None where it does not look.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Trainer:
         mesh: Any = None,
         num_microbatches: int = 1,
         augment: Augment | None = None,
+        bad_numbers: bad_numbers_lib.Policy | None = None,
     ):
         """Works out shapes and shardings; computes nothing.
 
@@ -94,6 +103,7 @@ class Trainer:
           num_microbatches: how many parts of the batch the train step runs one after the other, for
             less memory and with the same result; see `microbatching.value_and_grad`.
           augment: as for `train_step`; neither evaluation nor embedding knows it.
+          bad_numbers: as for `train_step`.
 
         Raises:
           UserError: a parameter's dimension, or the batch, does not divide by the mesh, or a
@@ -107,7 +117,7 @@ class Trainer:
             num_microbatches, batch_size, partitioner.num_batch_parts(self.mesh)
         )
         self._batch_spec, self.num_microbatches = batch_spec, num_microbatches
-        self._augment = augment
+        self._augment, self.bad_numbers = augment, bad_numbers
         init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
         self._init_params = lambda rng: nn.unbox(init(rng))
         self.boxed_params = jax.eval_shape(init, jax.random.key(0))
@@ -140,7 +150,11 @@ class Trainer:
             params=params,
             opt_state=self._optimizer.transformation.init(params),
             rng=jax.random.key_data(train_rng),
+            guard=self._fresh_guard(),
         )
+
+    def _fresh_guard(self) -> train_state.Guard | None:
+        return bad_numbers_lib.fresh_guard() if self.bad_numbers else None
 
     def _shardings(self) -> train_state.TrainState:
         """Optimizer moments lie as their parameters do; everything else is replicated."""
@@ -159,6 +173,7 @@ class Trainer:
                 transform_non_params=lambda _: replicated,
             ),
             rng=replicated,  # pyright: ignore[reportArgumentType]
+            guard=jax.tree.map(lambda _: replicated, jax.eval_shape(self._fresh_guard)),
         )
 
     def init_state(self, seed: int, params: Any = None) -> train_state.TrainState:
@@ -196,6 +211,7 @@ class Trainer:
                 optimizer=self._optimizer,
                 num_microbatches=self.num_microbatches,
                 augment=self._augment,
+                bad_numbers=self.bad_numbers,
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings, NamedSharding(self.mesh, PartitionSpec())),

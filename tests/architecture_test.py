@@ -14,9 +14,9 @@ LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
-    {"models", "optimizers", "data", "weights", "train_state", "flops"},
-    {"train_loop", "evaluation"}
-    | {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
+    {"models", "optimizers", "data", "weights", "train_state", "flops"} | {"bad_numbers"},
+    {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
+    | {"train_loop", "evaluation", "supervision"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"}
