@@ -13,11 +13,13 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
+    | {"processes", "wall_time"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
+    | {"goodput", "goodput_plot", "lease", "recipe_changes"}
     | {"step_cost", "cost_report"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
     | {"export", "precompile", "import_weights", "plan"},
