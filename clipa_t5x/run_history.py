@@ -77,7 +77,7 @@ class Stage:
         config: Text of `config.gin`, empty when absent.
         model_info: Text of `model-info.txt`, empty when absent.
         gallery: Retrieval examples, empty when absent.
-        wall_time: Where its time went, over all its starts; None when it was not recorded.
+        time_spent: Where its time went, over all its starts; None when it was not recorded.
         problems: What could not be read, one sentence each.
     """
 
@@ -88,7 +88,7 @@ class Stage:
     config: str = ""
     model_info: str = ""
     gallery: tuple[GalleryItem, ...] = ()
-    wall_time: wall_time.Summary | None = None
+    time_spent: wall_time.Summary | None = None
     problems: tuple[str, ...] = ()
 
     def number(self, field: str) -> float | None:
@@ -258,7 +258,7 @@ def _load_stage(folder: pathlib.Path) -> Stage:
         config=_read_text(folder / CONFIG_FILE),
         model_info=_read_text(folder / MODEL_INFO_FILE),
         gallery=tuple(_gallery_items(gallery)),
-        wall_time=_read_wall_time(folder / wall_time.FILE),
+        time_spent=_read_wall_time(folder / wall_time.FILE),
         problems=tuple(problems),
     )
 
