@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from clipa_t5x import errors
+from clipa_t5x import errors, wall_time
 
 METRICS_FILE = "metrics.jsonl"
 STAGE_FILE = "stage.json"
@@ -77,6 +77,7 @@ class Stage:
         config: Text of `config.gin`, empty when absent.
         model_info: Text of `model-info.txt`, empty when absent.
         gallery: Retrieval examples, empty when absent.
+        time_spent: Where its time went, over all its starts; None when it was not recorded.
         problems: What could not be read, one sentence each.
     """
 
@@ -87,6 +88,7 @@ class Stage:
     config: str = ""
     model_info: str = ""
     gallery: tuple[GalleryItem, ...] = ()
+    time_spent: wall_time.Summary | None = None
     problems: tuple[str, ...] = ()
 
     def number(self, field: str) -> float | None:
@@ -256,12 +258,18 @@ def _load_stage(folder: pathlib.Path) -> Stage:
         config=_read_text(folder / CONFIG_FILE),
         model_info=_read_text(folder / MODEL_INFO_FILE),
         gallery=tuple(_gallery_items(gallery)),
+        time_spent=_read_wall_time(folder / wall_time.FILE),
         problems=tuple(problems),
     )
 
 
 def _read_text(path: pathlib.Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_wall_time(path: pathlib.Path) -> wall_time.Summary | None:
+    lines = wall_time.parse(_read_text(path))
+    return wall_time.summarize(lines) if lines else None
 
 
 def _read_object(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipa_t5x import run_history
+from clipa_t5x import run_history, wall_time
 
 MISSING = "-"
 
@@ -115,6 +115,32 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def format_goodput(summary: wall_time.Summary) -> str:
+    """Says where a run's time went: 'goodput 91.3% of 2 h 3 min (...); 2 restarts, 4 min lost'."""
+    text = f"goodput {format_percent(summary.goodput)} of {format_duration(summary.running)}"
+    shares = [
+        f"{wall_time.title(name)} {format_percent(summary.seconds[name] / summary.running)}"
+        for name in wall_time.CATEGORIES[1:]
+        if summary.running and summary.seconds[name] / summary.running >= 0.0005
+    ]
+    text += f" ({', '.join(shares)})" if shares else ""
+    return f"{text}; {format_restarts(summary)}"
+
+
+def format_restarts(summary: wall_time.Summary) -> str:
+    """Says what interruptions cost: '2 restarts, 1 rewind, 4 min lost, down for 10 min'."""
+    lost, down = summary.seconds["lost"], summary.seconds[wall_time.DOWN]
+    parts = [_counted(summary.restarts, "restart")]
+    parts += [_counted(summary.rewinds, "rewind")] if summary.rewinds else []
+    parts += [f"{format_duration(lost)} lost"] if lost >= 0.05 else []
+    parts += [f"down for {format_duration(down)}"] if down >= 0.05 else []
+    return ", ".join(parts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
 def format_count(value: float | None) -> str:

@@ -13,6 +13,7 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
+    | {"processes", "wall_time"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"} | {"bad_numbers"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
@@ -21,7 +22,8 @@ LAYERS = [
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"}
     | {"agreement", "checkpoint_manifest", "checkpoint_retention", "checkpoint_folders"}
-    | {"checkpoint_writer", "stage_handover"},
+    | {"checkpoint_writer", "stage_handover"}
+    | {"goodput", "goodput_plot", "lease", "recipe_changes"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
     | {"export", "precompile", "import_weights", "plan"},
 ]
