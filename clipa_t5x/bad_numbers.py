@@ -16,7 +16,12 @@ import numpy as np
 import optax
 
 from clipa_t5x import train_state
-from clipa_t5x.errors import UserError, check_number
+from clipa_t5x.errors import UnsavableError, UserError, check_number
+
+
+class BadNumbersError(UnsavableError):
+    """Training has diverged."""
+
 
 ACTIONS = ("raise", "skip", "rewind")
 

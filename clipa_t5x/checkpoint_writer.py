@@ -132,7 +132,7 @@ class CheckpointWriter:
         """
         save = self._handler.async_save(
             self._folder(step) / "state",
-            args=ocp.args.PyTreeSave(state),  # pyright: ignore[reportCallIssue]
+            args=ocp.args.PyTreeSave(state.as_tree()),  # pyright: ignore[reportCallIssue]
         )
         return asyncio.run(save) or ()  # pyright: ignore[reportArgumentType]
 

@@ -20,6 +20,7 @@ from etils import epath
 
 from clipa_t5x import (
     agreement,
+    bad_numbers,
     checkpoint_folders,
     checkpoint_manifest,
     checkpoint_retention,
@@ -27,7 +28,7 @@ from clipa_t5x import (
     train_state,
 )
 from clipa_t5x.checkpoint_folders import PREFIX, folder_of
-from clipa_t5x.errors import UserError, check_number
+from clipa_t5x.errors import UnsavableError, UserError, check_number
 
 _REMEDY = (
     "Mend that and start again: the run goes on from its newest whole checkpoint "
@@ -229,7 +230,7 @@ class Checkpointer:
         Raises:
           UserError: an earlier save failed, and no more may: where and why.
         """
-        self._settle()
+        self.wait()
         if step in self._steps:
             return
         metrics = metrics or {}
@@ -246,7 +247,7 @@ class Checkpointer:
                 ", ".join(sorted(metrics)),
             )
 
-    def _settle(self) -> None:
+    def wait(self) -> None:
         """Waits for the save that is under way, and counts it if it failed.
 
         Raises:
@@ -261,7 +262,7 @@ class Checkpointer:
         self._last_failure = f"saving {self._folder(outcome.step)} failed: {outcome.failure}"
         self._failed_saves += 1
         if self._failed_saves > self._cfg.max_failed_saves:
-            raise UserError(f"{self._last_failure}. {_REMEDY}")
+            raise UnsavableError(f"{self._last_failure}. {_REMEDY}")
         logging.error(
             "%s (failed save %d, MAX_FAILED_SAVES is %d): training goes on.",
             self._last_failure, self._failed_saves, self._cfg.max_failed_saves,
@@ -286,7 +287,7 @@ class Checkpointer:
           UserError: the checkpoint is of another model or optimizer, all are damaged, or an earlier
             save failed.
         """
-        self._settle()
+        self.wait()
         self._find_steps()
         earlier = [s for s in self._steps if before_step is None or s < before_step]
         step, damages = checkpoint_folders.newest_whole(self._model_dir, earlier)
@@ -330,14 +331,16 @@ class Checkpointer:
             flatten(saved["params"]), flatten(abstract_state.params), str(folder),
             "Use another MODEL_DIR, or the configuration that wrote it (its config.gin).",
         )  # fmt: skip
-        _check_same_optimizer(flatten(saved), flatten(abstract_state), folder)
-        state = checkpoint_writer.state_handler().restore(
+        fields = bad_numbers.as_saved(abstract_state, list(saved)).as_tree()
+        _check_same_optimizer(flatten(saved), flatten(fields), folder)
+        restored = checkpoint_writer.state_handler().restore(
             folder / "state",
             args=ocp.args.PyTreeRestore(
-                item=abstract_state,  # pyright: ignore[reportCallIssue]
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),  # pyright: ignore[reportCallIssue]
+                item=fields,  # pyright: ignore[reportCallIssue]
+                restore_args=ocp.checkpoint_utils.construct_restore_args(fields),  # pyright: ignore[reportCallIssue]
             ),
         )
+        state = bad_numbers.as_wanted(train_state.TrainState(**restored), abstract_state)
         return Restored(state, json.loads((folder / "data" / "metadata").read_text()), step)
 
     def close(self) -> None:
@@ -347,7 +350,7 @@ class Checkpointer:
           UserError: it failed, whatever may fail.
         """
         try:
-            self._settle()
+            self.wait()
         finally:
             self._writer.close()
         agreement.same_for_all("checkpoints_closed", self._clear)

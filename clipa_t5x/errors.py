@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class UnsavableError(UserError):
+    """A mistake, or misfortune, after which the run's state must not be saved, or cannot be."""
+
+
 def check_number(name: str, value: object, *, minimum: float, whole: bool = False) -> None:
     """Refuses what is no number, or too small.
 

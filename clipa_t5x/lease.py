@@ -29,7 +29,7 @@ from absl import logging
 from etils import epath
 
 from clipa_t5x import checkpoints, processes, run_summary
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UnsavableError, UserError
 
 FOLDER = ".lease"
 PERIOD = 10.0  # Seconds between heartbeats.
@@ -182,7 +182,7 @@ class Claim:
             logging.warning("Cannot look at %s (%s): the run goes on.", self._folder, error)
             return
         if taken:
-            raise UserError(
+            raise UnsavableError(
                 f"MODEL_DIR {self._model_dir} was taken over by another run while this one was "
                 f"silent for more than {self._timeout:.0f} s (suspended, or cut off from it): this "
                 "one stops and writes nothing more. Start it again once the other has ended."

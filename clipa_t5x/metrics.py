@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -81,8 +81,14 @@ class StepClock:
       stalled_seconds: total time that the device had nothing to do while the host waited for data.
     """
 
-    def __init__(self, max_in_flight: int = 2):
-        """Allows `max_in_flight` steps dispatched and not finished."""
+    def __init__(
+        self, completed: Callable[[int], None] = lambda step: None, max_in_flight: int = 2
+    ):
+        """Calls `completed` with every step that ends on the device, in a thread of its own.
+
+        Allows `max_in_flight` steps dispatched and not finished.
+        """
+        self._completed = completed
         self.stalled_seconds = 0.0
         self._slots = threading.Semaphore(max_in_flight)
         self._lock = threading.Lock()
@@ -91,9 +97,11 @@ class StepClock:
         threading.Thread(target=self._watch, name="step-clock", daemon=True).start()
 
     def _watch(self) -> None:
-        while (outputs := self._outputs.get()) is not None:
+        while (item := self._outputs.get()) is not None:
+            step, outputs = item
             try:
                 jax.block_until_ready(outputs)
+                self._completed(step)
             except Exception:  # the main thread meets it, too, where it reads these outputs
                 logging.debug("A step failed.", exc_info=True)
             with self._lock:
@@ -109,11 +117,11 @@ class StepClock:
                 self.stalled_seconds += min(idle, waited_seconds)
         self._slots.acquire()
 
-    def dispatched(self, outputs: Any) -> None:
+    def dispatched(self, step: int, outputs: Any) -> None:
         """Call with the outputs of the step that was just dispatched."""
         with self._lock:
             self._in_flight += 1
-        self._outputs.put(outputs)
+        self._outputs.put((step, outputs))
 
     def close(self) -> None:
         """Ends the watching thread."""

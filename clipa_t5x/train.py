@@ -3,6 +3,8 @@
 `train` checks and builds what a run needs; the loop itself is `train_loop`.
 """
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,8 +23,10 @@ from clipa_t5x import (
     partitioning,
     stage_handover,
     stage_info,
+    supervision,
     train_loop,
     train_state,
+    watchdog,
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
@@ -45,6 +49,7 @@ def train(
     stats_period: int,
     random_seed: int,
     summarize_config_fn: Callable[..., None],
+    watchdog_cfg: watchdog.Watchdog,
     trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
 ) -> train_state.TrainState:
     """Trains until `total_steps` updates are done, from the newest checkpoint in `model_dir`.
@@ -64,6 +69,7 @@ def train(
       random_seed: of parameters and of masks.
       summarize_config_fn: called as (model_dir, clu writer, step); writes the configuration that
         made these arguments into `model_dir`.
+      watchdog_cfg: what becomes of a run in which nothing gets done.
       trainer_cls: makes the trainer from model, optimizer, partitioner, batch spec and mesh.
 
     Returns:
@@ -71,6 +77,7 @@ def train(
 
     Raises:
       UserError: something given does not fit together; see its message.
+      PreemptedError: the run was asked to stop; everything is saved.
     """
     counts = {"TRAIN_STEPS": total_steps, "EVAL_PERIOD": eval_period, "LOG_PERIOD": stats_period}
     check_arguments(model_dir, counts, checkpoint_cfg.save, random_seed)
@@ -79,38 +86,47 @@ def train(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
     )
     check_data(model, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
-    checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
-    state, position = starting_state(
-        trainer, checkpointer, checkpoint_cfg.restore, train_dataset_cfg, random_seed
-    )
-    if int(state.step) >= total_steps:
-        return finished(state, total_steps, model_dir, info)
-    writer = metrics.MetricsWriter(model_dir)
-    # Only now: a start that is refused leaves what an earlier one wrote.
-    summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
-    write_model_info(model_dir, trainer, partitioner, batch_spec, info)
-    logging.info("Training steps %d to %d in %s.", state.step + 1, total_steps, model_dir)
-    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
-    loop = train_loop.TrainLoop(
-        train_step=compile_train_step(trainer),
-        dataset_cfg=train_dataset_cfg,
-        layout=layout,
-        checkpointer=checkpointer,
-        evaluate=evaluation.Evaluation(
-            trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir
-        ),
-        progress=train_loop.Progress(writer, info, int(state.step)),
-        total_steps=total_steps,
-        eval_period=eval_period,
-        stats_period=stats_period,
-    )
-    state = loop.run(state, position)
-    checkpointer.close()
-    writer.close()
-    info.write(model_dir, completed=True)
+    with supervision.supervised(model_dir, watchdog_cfg) as supervisor:
+        checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
+        start_over = functools.partial(
+            starting_point, trainer, checkpointer, checkpoint_cfg.restore, train_dataset_cfg,
+            random_seed,
+        )  # fmt: skip
+        start = start_over()
+        if is_finished(start, total_steps, model_dir):
+            info.write(model_dir, completed=True)
+            return start.state
+        checkpointer.check_space(trainer.abstract_state, start.step, total_steps)
+        writer = metrics.MetricsWriter(model_dir)
+        # Only now: a start that is refused leaves what an earlier one wrote.
+        summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
+        write_model_info(model_dir, trainer, partitioner, batch_spec, info)
+        absorb_lost_devices(trainer, start)
+        logging.info("Training steps %d to %d in %s.", start.step + 1, total_steps, model_dir)
+        layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+        loop = train_loop.TrainLoop(
+            train_step=compile_train_step(trainer, supervisor),
+            dataset_cfg=train_dataset_cfg,
+            layout=layout,
+            checkpointer=checkpointer,
+            evaluate=evaluation.Evaluation(
+                trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir,
+                supervisor.before_batch,
+            ),
+            progress=train_loop.Progress(writer, info, supervisor, trainer.bad_numbers),
+            supervisor=supervisor,
+            start_over=start_over,
+            total_steps=total_steps,
+            eval_period=eval_period,
+            stats_period=stats_period,
+            rows_at_once=trainer.rows_at_once,
+        )  # fmt: skip
+        with contextlib.closing(writer):
+            state = loop.run(start)
+        info.write(model_dir, completed=True)
     return state
 
 
@@ -135,31 +151,47 @@ def check_arguments(
     check_number("RANDOM_SEED", random_seed, minimum=0, whole=True)
 
 
-def compile_train_step(trainer: trainer_lib.Trainer) -> Callable[..., Any]:
+def compile_train_step(
+    trainer: trainer_lib.Trainer, supervisor: supervision.Supervisor
+) -> Callable[..., Any]:
     """Compiles, tells how long it took, and waits until every process is as far."""
     start = time.perf_counter()
-    train_step = trainer.compiled_train_step
-    logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
-    checkpoints.wait_for_all_processes("train_step_compiled")
+    with supervisor.recorder.phase("compile"):
+        train_step = trainer.compiled_train_step
+        logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
+        checkpoints.wait_for_all_processes("train_step_compiled")
+    supervisor.watchdog.beat("compiling the train step")
     return train_step
 
 
-def finished(
-    state: train_state.TrainState, total_steps: int, model_dir: str, info: stage_info.StageInfo
-) -> train_state.TrainState:
-    """Ends a run that has all its steps.
+def is_finished(start: train_loop.Start, total_steps: int, model_dir: str) -> bool:
+    """Whether a run has all its steps, and all that comes after them.
 
     Raises:
-      UserError: it has more than are asked for.
+      UserError: it has more steps than are asked for.
     """
-    if int(state.step) > total_steps:
+    if start.step > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{state.step}. TRAIN_STEPS counts all of a run's steps: raise it, or change MODEL_DIR."
+            f"{start.step}. TRAIN_STEPS counts all of a run's steps: raise it, or change MODEL_DIR."
         )
+    if start.step < total_steps or start.evaluation_due:
+        return False
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
-    info.write(model_dir, completed=True)
-    return state
+    return True
+
+
+def absorb_lost_devices(trainer: trainer_lib.Trainer, start: train_loop.Start) -> None:
+    """Runs the batch in more parts where fewer devices than before have to hold its activations."""
+    if start.rows_at_once is None or trainer.rows_at_once <= start.rows_at_once:
+        return
+    rows = trainer.rows_at_once
+    trainer.limit_rows_at_once(start.rows_at_once)
+    logging.warning(
+        "A device's share of the batch is %d rows at a time, and was %d in the run so far: it is "
+        "taken in %d microbatches, with the same result.",
+        rows, start.rows_at_once, trainer.num_microbatches,
+    )  # fmt: skip
 
 
 def check_data(
@@ -187,22 +219,23 @@ def check_data(
         )
 
 
-def starting_state(
+def starting_point(
     trainer: trainer_lib.Trainer,
     checkpointer: checkpoints.Checkpointer,
     cfg: checkpoints.RestoreCheckpointConfig,
     dataset_cfg: input_pipeline.DatasetConfig,
     seed: int,
-) -> tuple[train_state.TrainState, int]:
-    """(state, position in the data): the newest checkpoint's, else an earlier stage's, else new."""
+) -> train_loop.Start:
+    """Where to go on: the newest whole checkpoint, else an earlier stage's parameters, else new."""
     if restored := checkpointer.restore(trainer.abstract_state):
         logging.info("Resuming after step %d.", restored.step)
-        return restored.state, input_pipeline.resume_position(dataset_cfg, restored.data_state)
+        position = input_pipeline.resume_position(dataset_cfg, restored.data_state)
+        return train_loop.Start.restored(restored, position)
     if cfg.path:
         loaded = stage_handover.load_params(cfg.path, trainer.abstract_state.params, cfg.resized)
         stage_handover.log_notes(cfg.path, loaded.notes)
-        return trainer.init_state(seed, loaded.params), 0
-    return trainer.init_state(seed), 0
+        return train_loop.Start(trainer.init_state(seed, loaded.params))
+    return train_loop.Start(trainer.init_state(seed))
 
 
 def write_model_info(

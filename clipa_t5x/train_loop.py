@@ -7,7 +7,6 @@ the evaluation rather than lose it.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -19,12 +18,14 @@ from clipa_t5x import (
     checkpoints,
     evaluation,
     metrics,
+    preemption,
     stage_info,
     supervision,
     train_state,
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UnsavableError
 
 
 class Batches(Protocol):
@@ -75,6 +76,23 @@ class Start:
     rewinds: int = 0
     rows_at_once: int | None = None
 
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return int(self.state.step)
+
+    @classmethod
+    def restored(cls, checkpoint: checkpoints.Restored, position: int) -> "Start":
+        """What a run goes on from; an older version's checkpoint says less."""
+        saved = checkpoint.data_state
+        return cls(
+            checkpoint.state,
+            position,
+            evaluation_due=saved.get("evaluation_due", False),
+            rewinds=saved.get("rewinds", 0),
+            rows_at_once=saved.get("rows_at_once"),
+        )
+
 
 class RewindError(Exception):
     """The run must go back to its last checkpoint; the data to leave out end with `bad_step`'s."""
@@ -104,6 +122,7 @@ class Progress:
         """Begins after `step` updates, forgetting what came before."""
         self._pending: list[trainer_lib.Metrics] = []
         self._logged_step, self._rewinds = step, rewinds
+        self._supervisor.recorder.resume(step)
         self.timer = metrics.StepTimer(step, self._info.total_steps, self._info.batch_size)
 
     def add(self, step_metrics: trainer_lib.Metrics) -> None:
@@ -120,6 +139,8 @@ class Progress:
           RewindError: it goes on from the last checkpoint.
         """
         steps = jax.device_get(self._pending)
+        if not steps:
+            return bad_numbers.Continue({}, "")
         verdict = bad_numbers.judge(self._policy, self._logged_step + 1, steps, self._rewinds)
         if isinstance(verdict, bad_numbers.Stop):
             raise bad_numbers.BadNumbersError(verdict.message)
@@ -145,6 +166,7 @@ class Progress:
         values["samples"] = step * self._info.batch_size
         self._writer.write(step, metrics.GROUP_TRAIN, values)
         self._logged_step = step
+        self._supervisor.recorder.log(step, self.clock.stalled_seconds)
 
 
 @dataclasses.dataclass
@@ -179,6 +201,10 @@ class TrainLoop:
     stats_period: int
     rows_at_once: int
 
+    def __post_init__(self) -> None:
+        """Nothing is evaluated yet."""
+        self._evaluation_due = False
+
     def run(self, start: Start) -> train_state.TrainState:
         """Trains to the end.
 
@@ -186,19 +212,31 @@ class TrainLoop:
           PreemptedError: the run was asked to stop; its state is saved.
           BadNumbersError: it diverged; nothing of that is saved.
         """
-        with contextlib.closing(self.progress.clock):
-            while True:
-                try:
-                    return self._run(start)
-                except RewindError as error:
-                    bad_step = error.bad_step
-                # Out here, where the exception no longer holds on to the state that went wrong:
-                # there is no room for two.
-                start = self._rewound(start, bad_step)
+        with contextlib.closing(self.progress.clock), self.supervisor.recorder.phase("step"):
+            try:
+                state = self._run_with_rewinds(start)
+            except Exception:
+                # A save that is under way is worth waiting for; the error that ends the run is not
+                # to be hidden by what becomes of it.
+                with contextlib.suppress(Exception):
+                    self.checkpointer.wait()
+                raise
+            self.checkpointer.close()
+            return state
+
+    def _run_with_rewinds(self, start: Start) -> train_state.TrainState:
+        while True:
+            try:
+                return self._run(start)
+            except RewindError as error:
+                bad_step = error.bad_step
+            # Out here, where the exception no longer holds on to the state that went wrong: there
+            # is no room for two.
+            start = self._rewound(start, bad_step)
 
     def _rewound(self, start: Start, bad_step: int) -> Start:
         """The last checkpoint, with the data that follow `bad_step` of the run from `start`."""
-        taken = bad_step - start.step
+        taken = bad_step - self._first_step
         return dataclasses.replace(
             self.start_over(),
             position=start.position + taken * self.dataset_cfg.batch_size,
@@ -208,10 +246,11 @@ class TrainLoop:
 
     def _run(self, start: Start) -> train_state.TrainState:
         """Trains until the end, or until the run must go back."""
-        step, state = start.step, start.state
+        self._first_step = step = start.step
+        state = start.state
         self.progress.restart(step, start.rewinds)
         if start.evaluation_due:
-            self._evaluate(step, state)
+            self._evaluate_again(step, state)
         batches = input_pipeline.TrainIterator(self.dataset_cfg, self.layout, start.position)
         steps = range(step + 1, self.total_steps + 1)
         updates = training_steps(state, self.train_step, batches, self.progress.clock, steps)
@@ -221,7 +260,7 @@ class TrainLoop:
                     self.progress.add(step_metrics)
                     self._finish_step(step, state, batches, start.rewinds)
             except Exception as error:
-                if step > start.step:
+                if step > self._first_step and self._loses_steps(error, state):
                     self._save_after(error, step, state, batches, start.rewinds)
                 raise
         return state
@@ -229,23 +268,33 @@ class TrainLoop:
     def _finish_step(self, step: int, state: Any, batches: Any, rewinds: int) -> None:
         """Logs, evaluates and saves what is due after `step` updates."""
         is_last = step == self.total_steps
-        stopping = self.supervisor.stop_requested()
+        stopping, results = self.supervisor.stop.requested(), {}
         if stopping or is_last or step % self.stats_period == 0:
             self.progress.log(step, batches.statistics())
-        evaluation_due, results = is_last or step % self.eval_period == 0, {}
-        if evaluation_due and not stopping:
+        self._evaluation_due = is_last or step % self.eval_period == 0
+        if self._evaluation_due and not stopping:
             try:
-                results, evaluation_due = self._evaluate(step, state), False
+                results = self._evaluate(step, state)
             except supervision.StopRequestedError:
                 stopping = True
         if stopping or self.checkpointer.is_due(step, self.total_steps):
-            self._save(step, state, batches, rewinds, evaluation_due, results)
+            self._save(step, state, batches, rewinds, results)
         if stopping:
+            self.checkpointer.close()
             raise preemption.PreemptedError(step)
 
     def _evaluate(self, step: int, state: train_state.TrainState) -> dict[str, float]:
         with self.progress.timer.paused(), self.supervisor.recorder.phase("evaluation"):
-            return self.evaluate(step, state.params, step == self.total_steps)
+            results = self.evaluate(step, state.params, step == self.total_steps)
+        self._evaluation_due = False
+        return results
+
+    def _evaluate_again(self, step: int, state: train_state.TrainState) -> None:
+        """The evaluation that was left for stopping; the checkpoint says still that it is due."""
+        try:
+            self._evaluate(step, state)
+        except supervision.StopRequestedError:
+            raise preemption.PreemptedError(step) from None
 
     def _save(
         self,
@@ -253,20 +302,38 @@ class TrainLoop:
         state: train_state.TrainState,
         batches: input_pipeline.TrainIterator,
         rewinds: int,
-        evaluation_due: bool,
         results: Mapping[str, float],
     ) -> None:
         self.progress.look()
-        self.supervisor.lease.check()
+        self.supervisor.check_lease()
         data_state = {
             **batches.state(),
-            "evaluation_due": evaluation_due,
+            "evaluation_due": self._evaluation_due,
             "rewinds": rewinds,
             "rows_at_once": self.rows_at_once,
         }
         with self.supervisor.recorder.phase("checkpoint"):
             self.checkpointer.save(step, state, data_state, results)
+        self.supervisor.watchdog.beat(f"saving step {step}")
 
-    def _save_after(self, error: Exception, *args: Any) -> None:
+    def _loses_steps(self, error: Exception, state: train_state.TrainState) -> bool:
+        """Whether an error ends the run for reasons that are none against saving its state.
+
+        Of several processes only one may have failed, and saving takes all.
+        """
+        reasons = (RewindError, UnsavableError, preemption.PreemptedError)
+        return (
+            jax.process_count() == 1
+            and not isinstance(error, reasons)
+            and not state.step.is_deleted()
+        )
+
+    def _save_after(
+        self, error: Exception, step: int, state: Any, batches: Any, rewinds: int
+    ) -> None:
         """Saves what an error would lose; what fails here must not hide that error."""
-        ...
+        logging.error("%s after step %d, which is saved.", type(error).__name__, step)
+        try:
+            self._save(step, state, batches, rewinds, {})
+        except Exception as another:
+            logging.error("Step %d could not be saved: %s", step, another)

@@ -189,11 +189,11 @@ def test_waiting_counts_only_where_the_device_idles(step_clock, clock):
     step_clock.before_dispatch(2.0)  # idle for 3 seconds, of which 2 were for the data
     assert step_clock.stalled_seconds == 2
     first, second = Step(), Step()
-    step_clock.dispatched(first)
+    step_clock.dispatched(1, first)
     clock.now += 5
     step_clock.before_dispatch(5.0)  # the first is still running
     assert step_clock.stalled_seconds == 2
-    step_clock.dispatched(second)
+    step_clock.dispatched(2, second)
     first.finished.set()
     second.finished.set()
     wait_until_idle(step_clock)
@@ -206,7 +206,7 @@ def test_no_more_than_two_steps_are_in_flight(step_clock):
     steps = [Step() for _ in range(3)]
     for step in steps[:2]:
         step_clock.before_dispatch(0.0)
-        step_clock.dispatched(step)
+        step_clock.dispatched(0, step)
     third = threading.Thread(target=step_clock.before_dispatch, args=(0.0,))
     third.start()
     third.join(0.2)
@@ -224,7 +224,7 @@ def test_a_failed_step_does_not_stop_the_clock(step_clock):
 
     for _ in range(5):
         step_clock.before_dispatch(0.0)
-        step_clock.dispatched(Failed())
+        step_clock.dispatched(0, Failed())
     wait_until_idle(step_clock)
 
 
