@@ -36,3 +36,12 @@ def test_every_field_is_a_branch_of_the_tree_by_name():
         ".opt_state[0]",
         ".rng",
     ]
+
+
+def test_as_a_tree_a_state_holds_no_field_that_is_none():
+    state = _state(3)
+    tree = state.as_tree()
+    assert list(tree) == ["step", "params", "opt_state", "rng"]
+    assert tree["params"] is state.params
+    assert train_state.TrainState(**tree) == state
+    assert list(state.replace(guard=jnp.zeros(())).as_tree())[-1] == "guard"
