@@ -72,9 +72,7 @@ def test_a_rewind_loses_what_it_does_again():
     """At step 23, three seconds after the last line, back to 15; then on to 20 again."""
     before = {**FIRST[-1].seconds, "step": 41, "init": 9}
     again = line(0, 85, 20, resumed_from=15, resumes=2, **{**before, "step": 51})
-    summary = summarize(
-        *FIRST, line(0, 75, 15, resumed_from=15, resumes=2, **before), again
-    )
+    summary = summarize(*FIRST, line(0, 75, 15, resumed_from=15, resumes=2, **before), again)
     assert_seconds(summary, init=9, compile=3, step=38, data_wait=2, evaluation=15, checkpoint=5,
                    lost=13)  # fmt: skip
     assert (summary.restarts, summary.rewinds) == (0, 1)
