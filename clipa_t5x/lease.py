@@ -5,12 +5,12 @@ and then lists all; nothing is renamed, and no object has two writers. It relies
 object that was written is listed afterwards. Whoever comes second therefore sees who came first.
 
 Whether another lease's holder lives is asked of its process table where that is this machine's, and
-known at once. Elsewhere its heartbeat is watched: it lives if that changes, and is taken for dead if
-it does not within a timeout. Clocks of two machines are never compared.
+known at once. Elsewhere its heartbeat is watched: it lives if that changes, and is taken for dead
+if it does not within a timeout. Clocks of two machines are never compared.
 
-A holder that was taken for dead (suspended, cut off from its storage) learns of it by the check that
-a run makes before it writes. Between that check and the end of the write nothing guards: a machine
-suspended just there, for longer than the timeout, writes what it had begun.
+A holder that was taken for dead (suspended, cut off from its storage) learns of it by the check
+that a run makes before it writes. Between that check and the end of the write nothing guards: a
+machine suspended just there, for longer than the timeout, writes what it had begun.
 """
 
 import contextlib
@@ -230,8 +230,8 @@ def held(
 
     Args:
       model_dir: local or remote; made if absent.
-      timeout: seconds without a heartbeat after which a holder on another machine is taken for dead;
-        several times as long as the holder's period.
+      timeout: seconds without a heartbeat after which a holder on another machine is taken for
+        dead; several times as long as the holder's period.
       period: seconds between this run's own heartbeats.
       host: pretends to run on another machine, by name; None for this one.
 

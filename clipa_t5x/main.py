@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from clipa_t5x import errors, gin_utils, partitioning
+from clipa_t5x import errors, gin_utils, goodput, partitioning, processes, recipe_changes
 
 ROOT = "clipa_t5x.train.train"
 
@@ -64,7 +64,7 @@ flags.DEFINE_string(
 flags.DEFINE_boolean(
     "accept_recipe_changes",
     False,
-    "schedule: go on where a stage's configuration is not the one that trained it so far.",
+    "train, schedule: go on where a run's recipe is not the one that trained it so far.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_string(
@@ -287,6 +287,11 @@ def _train() -> None:
         mesh = partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None
         print(train.describe(**gin_utils.build_arguments(ROOT), mesh_shape=mesh))
     else:
+        if not _FLAGS.accept_recipe_changes:
+            # Built again to train: objects are cheap before anything is read or compiled.
+            model_dir = gin_utils.build_arguments(ROOT)["model_dir"]
+            recipe_changes.refuse(model_dir, gin_utils.operative_config())
+        goodput.count_from(processes.start_time())
         gin_utils.get_root(ROOT)()
 
 
@@ -300,6 +305,7 @@ def _eval() -> None:
 def _schedule() -> None:
     from clipa_t5x import schedule
 
+    goodput.count_from(processes.start_time())
     schedule.run(
         _FLAGS.gin_file,
         _FLAGS.gin_bindings,

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from clipa_t5x import errors, report_plots, run_history, run_summary
+from clipa_t5x import errors, goodput_plot, report_plots, run_history, run_summary
 
 _CSS = """
 * { box-sizing: border-box; }
@@ -116,6 +116,7 @@ def render(history: run_history.RunHistory) -> str:
         _facts(history, rows),
         *(f'<p class="note">{_escape(problem)}</p>' for problem in problems),
         _section("summary", "Summary", _table(rows)),
+        _section("time", "Where the time went", goodput_plot.figure(history)),
         _section("curves", f"Over {history.axis}", report_plots.curves(history)),
         _section("gallery", "Test captions and the images nearest to them", _gallery(history)),
         _section("stages", "Configuration and parameters", _stage_files(history)),

@@ -107,7 +107,7 @@ def _figure(plot: _Plot, history: run_history.RunHistory) -> str:
     for series in plot.series:
         finite = [y for y in series.values if math.isfinite(y)]
         holes += len(series.values) - len(finite)
-        name = f"{_label(series.name)} " if len(plot.series) > 1 else ""
+        name = f"{label(series.name)} " if len(plot.series) > 1 else ""
         ends.append(name + plot.show(series.values[-1]))
         if finite:
             ordered = [plot.show(y) for y in (finite[0], finite[-1], min(finite), max(finite))]
@@ -118,8 +118,8 @@ def _figure(plot: _Plot, history: run_history.RunHistory) -> str:
     return f"<figure>{title}{_svg(plot, history, alt)}</figure>"
 
 
-def _label(text: str, limit: int = 40) -> str:
-    # A drawing has no room for more, and XML none for control characters.
+def label(text: str, limit: int = 40) -> str:
+    """A name as drawings show it: one line of printable letters, cut to `limit`."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -218,10 +218,10 @@ def _draw(axes: Any, plot: _Plot, history: run_history.RunHistory) -> None:
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     if len(plot.series) > 1:
         # Texts are set afterwards: matplotlib drops labels that begin with an underscore.
-        blanks = ["x" * len(_label(series.name)) for series in plot.series]
+        blanks = ["x" * len(label(series.name)) for series in plot.series]
         legend = axes.legend(handles, blanks, frameon=False)
         for text, series in zip(legend.get_texts(), plot.series, strict=True):
-            text.set(text=_label(series.name), parse_math=False, color=_INK)
+            text.set(text=label(series.name), parse_math=False, color=_INK)
     _mark_stages(axes, history, labelled=not plot.small)
 
 
@@ -262,4 +262,4 @@ def _stage_label(stage: run_history.Stage) -> str:
     pixels, tokens = stage.number("image_size"), stage.number("num_image_tokens_kept")
     facts = [] if pixels is None else [f"{run_summary.format_count(pixels)} px"]
     facts += [] if tokens is None else [f"{run_summary.format_count(tokens)} tokens"]
-    return " ".join([_label(stage.name, 16), " / ".join(facts)]).strip()
+    return " ".join([label(stage.name, 16), " / ".join(facts)]).strip()

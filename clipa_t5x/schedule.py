@@ -5,10 +5,8 @@ schedule goes on in whatever stage it was stopped.
 """
 
 import dataclasses
-import difflib
 import json
 import os
-import re
 from collections.abc import Sequence
 
 import jax
@@ -16,10 +14,11 @@ from absl import logging
 from etils import epath
 
 from clipa_t5x import (
-    checkpoints,
     errors,
     gin_statements,
     gin_utils,
+    goodput,
+    recipe_changes,
     run_history,
     run_summary,
 )
@@ -29,21 +28,6 @@ TRAIN_ROOT = "clipa_t5x.train.train"
 
 # Macros of the schedule itself; every other override goes to all stages.
 OWN_MACROS = ("MODEL_DIR", "STAGES")
-
-# A stage's configuration as it was when the stage was last gone on with. Unlike config.gin, which
-# training writes later, it holds no defaults of what only training calls.
-RECIPE_FILE = "recipe.gin"
-
-# What may change under a run: where it lies, and when it reports and saves.
-FREE_MACROS = (
-    "MODEL_DIR",
-    "INITIAL_CHECKPOINT_PATH",
-    "LOG_PERIOD",
-    "EVAL_PERIOD",
-    "CHECKPOINT_PERIOD",
-    "KEEP_CHECKPOINTS",
-)
-_FREE = re.compile(rf"({'|'.join(FREE_MACROS)}) = ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,55 +133,19 @@ def run(
     for number in range(len(schedule.stages)):
         recipe = parse(number)
         if not accept_recipe_changes:
-            refuse_changes(schedule.stage_dir(number), recipe)
+            recipe_changes.refuse(schedule.stage_dir(number), recipe)
     schedule.write()
     for number, stage in enumerate(schedule.stages):
         if schedule.is_completed(number):
             logging.info("%s (%s) is completed.", schedule.stage_name(number), stage)
             continue
         logging.info("%s of %d: %s", schedule.stage_name(number), len(schedule.stages), stage)
-        write_recipe(schedule.stage_dir(number), parse(number))
+        parse(number)
         gin_utils.get_root(TRAIN_ROOT)()
+        goodput.count_from()
     if jax.process_index() == 0:
         history = run_history.load(schedule.model_dir)
         print(run_summary.format_table(run_summary.summary_rows(history)))
-
-
-def differences(before: str, after: str) -> list[str]:
-    """Lines that two resolved configurations do not share: '- as it was', '+ as it is'.
-
-    The macros in `FREE_MACROS` do not count.
-    """
-    old, new = ([line for line in text.splitlines() if not _FREE.match(line)]
-                for text in (before, after))  # fmt: skip
-    diff = difflib.unified_diff(old, new, lineterm="", n=0)
-    return [f"{line[0]} {line[1:].strip()}" for line in list(diff)[2:] if line[0] in "+-"]
-
-
-def refuse_changes(model_dir: str, recipe: str) -> None:
-    """Compares a stage's configuration with the one that trained what is in `model_dir`.
-
-    Raises:
-      UserError: they differ; the message ends with the lines that do.
-    """
-    recorded = epath.Path(model_dir) / RECIPE_FILE
-    if not recorded.exists() or not checkpoints.all_steps(model_dir):
-        return
-    if lines := differences(recorded.read_text(), recipe):
-        text = "\n  ".join(lines)
-        raise errors.UserError(
-            f"the recipe of {model_dir} has changed since it trained there (- then, + now): undo "
-            f"the change, take another MODEL_DIR, or go on all the same with "
-            f"--accept_recipe_changes.\n  {text}"
-        )
-
-
-def write_recipe(model_dir: str, recipe: str) -> None:
-    """Records what trains a stage from here on; process 0 only."""
-    if jax.process_index() == 0:
-        directory = epath.Path(model_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / RECIPE_FILE).write_text(recipe)
 
 
 if __name__ == "__main__":

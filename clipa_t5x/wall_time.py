@@ -23,7 +23,7 @@ from typing import Any
 FILE = "goodput.jsonl"
 
 # Of running starts. 'lost' is worked out here; recorders know the others.
-CATEGORIES = (
+CATEGORIES: tuple[str, ...] = (
     "step",
     "data_wait",
     "evaluation",

@@ -5,7 +5,7 @@ import math
 import pytest
 from run_files import line, schedule_of, write
 
-from clipa_t5x import run_history, run_summary
+from clipa_t5x import run_history, run_summary, wall_time
 
 
 def test_summary_of_a_run(tmp_path):
@@ -96,3 +96,24 @@ def test_durations(seconds, text):
 def test_counts(value, full, compact):
     assert run_summary.format_count(value) == full
     assert run_summary.format_compact(value) == compact
+
+
+def test_where_the_time_went_in_a_line():
+    seconds = dict.fromkeys((*wall_time.CATEGORIES, wall_time.DOWN), 0.0)
+    assert (
+        run_summary.format_goodput(wall_time.Summary(seconds))
+        == "goodput 0.0% of 0.0 s; no restarts"
+    )
+    seconds |= {
+        "step": 6843,
+        "data_wait": 150,
+        "compile": 2.0,
+        "lost": 240,
+        "init": 268,
+        "down": 60,
+    }
+    told = run_summary.format_goodput(wall_time.Summary(seconds, restarts=2, rewinds=1))
+    assert told == (
+        "goodput 91.2% of 2 h 5 min (data wait 2.0%, init 3.6%, lost 3.2%); "
+        "2 restarts, 1 rewind, 4 min 0 s lost, down for 1 min 0 s"
+    )

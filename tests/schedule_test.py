@@ -70,38 +70,3 @@ def test_every_stage_is_checked_before_the_first_begins(tmp_path):
     with pytest.raises(UserError, match="STAGES of .* is empty"):
         run(tmp_path / "run", "STAGES = []")
     assert not pathlib.Path(tmp_path / "run" / "stage1").exists()
-
-
-BEFORE = """BATCH_SIZE = 64
-LOG_PERIOD = 10
-MODEL_DIR = 'here'
-
-optimizers.adamw:
-    b1 = 0.9
-    weight_decay = %WEIGHT_DECAY
-"""
-
-
-def test_equal_configurations_do_not_differ():
-    assert schedule.differences(BEFORE, BEFORE) == []
-
-
-def test_differences_are_the_lines_that_changed():
-    after = BEFORE.replace("64", "128").replace("b1 = 0.9", "b1 = 0.8") + "new.parameter = 1\n"
-    assert schedule.differences(BEFORE, after) == [
-        "- BATCH_SIZE = 64",
-        "+ BATCH_SIZE = 128",
-        "- b1 = 0.9",
-        "+ b1 = 0.8",
-        "+ new.parameter = 1",
-    ]
-
-
-def test_places_and_periods_may_change():
-    after = BEFORE.replace("LOG_PERIOD = 10", "LOG_PERIOD = 20").replace("'here'", "'there'")
-    assert schedule.differences(BEFORE, after) == []
-
-
-def test_a_run_without_checkpoints_may_change(tmp_path):
-    schedule.write_recipe(str(tmp_path), BEFORE)
-    schedule.refuse_changes(str(tmp_path), "BATCH_SIZE = 1")
