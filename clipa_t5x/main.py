@@ -6,6 +6,7 @@
 import importlib
 import logging as standard_logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +15,15 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from clipa_t5x import errors, gin_utils, goodput, partitioning, processes, recipe_changes
+from clipa_t5x import (
+    errors,
+    gin_utils,
+    goodput,
+    partitioning,
+    preemption,
+    processes,
+    recipe_changes,
+)
 
 ROOT = "clipa_t5x.train.train"
 
@@ -25,6 +34,11 @@ PLAIN_VERBS = {
     "report": "clipa_t5x.report",
     "plan": "clipa_t5x.plan",
 }
+
+# What gloo, NCCL and jax's coordination service say when a process is gone.
+_LOST_PROCESS = re.compile(
+    r"(?i)gloo|nccl|\bpeer|heartbeat|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED"
+)
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string(
@@ -116,6 +130,13 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("process_count", None, "Number of processes.", flag_values=_FLAGS)
 flags.DEFINE_integer("process_index", None, "This process's number.", flag_values=_FLAGS)
+flags.DEFINE_integer(
+    "peer_timeout_seconds",
+    100,
+    "Of a run of several processes: how long one may give no sign of life before the others end.",
+    lower_bound=1,
+    flag_values=_FLAGS,
+)
 flags.DEFINE_boolean(
     "multiprocess", False, "Join the processes that the platform announces (TPU pods, SLURM).",
     flag_values=_FLAGS,
@@ -136,17 +157,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(verb: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a gin-configured verb and ends the process: status 0, or 2 for a user's mistake."""
+    """Runs a gin-configured verb and ends the process.
+
+    Status 0: done. 1: a bug, with its traceback. 2: a user's mistake, in one line.
+    `preemption.RESTART_STATUS`, 75: nothing is wrong with the command, and given again it goes on
+    where it was.
+    """
     try:
         status = one_line_errors(lambda: _run(verb, arguments))
-    except Exception:
+    except preemption.PreemptedError as stopped:
+        logging.info("The run %s.", stopped)
+        # The others are as far: an ordinary exit lets every process leave the run.
+        sys.exit(preemption.RESTART_STATUS)
+    except Exception as error:
         if jax.distributed.is_initialized():
             traceback.print_exc()
-            abandon(1)
+            abandon(status_of(error))
         raise
     if status and jax.distributed.is_initialized():
         abandon(status)
     sys.exit(status)
+
+
+def status_of(error: Exception) -> int:
+    """Status of a process of several that ends with an unexpected error.
+
+    One that tells of a lost process is no fault of this one: all are to be started again. Libraries
+    give such errors no type of their own, only words.
+    """
+    if not _LOST_PROCESS.search(str(error)):
+        return 1
+    print(
+        "error: another process of this run is lost: see its output for why. Start all of them "
+        "again: the run goes on from its newest whole checkpoint.",
+        file=sys.stderr,
+    )
+    return preemption.RESTART_STATUS
 
 
 def abandon(status: int) -> None:
@@ -246,9 +292,9 @@ def start_processes() -> None:
                 "--coordinator_address, --process_count and --process_index go together: give all "
                 "three, or none."
             )
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=_FLAGS.peer_timeout_seconds)
     elif _FLAGS.multiprocess:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_FLAGS.peer_timeout_seconds)
 
 
 def keep_cpu_collectives_in_order() -> None:

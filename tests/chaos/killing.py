@@ -12,7 +12,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import experiments
 
@@ -179,6 +180,26 @@ class Run:
                     os.killpg(process.pid, signal.SIGKILL)
         seconds = time.monotonic() - killed
         return Kill(moment, with_signal, self._redone(), statuses, seconds)
+
+    def survive(
+        self, moments: Sequence[str], kills: int, rng: random.Random, **kwargs: Any
+    ) -> list[Kill]:
+        """Kills at random ones of `moments`, up to `kills` times, and lets the run come to its end.
+
+        Args:
+          moments: names of MOMENTS.
+          kills: at most; fewer where the run is done before.
+          rng: decides all.
+          **kwargs: of `kill`.
+        """
+        seen: list[Kill] = []
+        while len(seen) < kills:
+            kill = self.kill(rng.choice(moments), rng, **kwargs)
+            if kill is None:
+                return seen
+            seen.append(kill)
+        self.finish()
+        return seen
 
     def _wait_for(self, moment: Moment, before: Snapshot, processes: list, rng: random.Random):
         """Whether the moment came while all processes ran."""
