@@ -120,8 +120,9 @@ def guard_update(
 
     Returns:
       The state to go on from, and the metrics with float32 scalars more: 'bad_numbers/in_a_row', 0
-      where the update was applied; 'bad_numbers/skipped_in_all', of the run; and, where spikes are
-      looked for, 'bad_numbers/threshold', the norm that is one, Inf during warm-up.
+      where the update was applied, and no more than `Policy.freezes_after`;
+      'bad_numbers/skipped_in_all', of the run; and, where spikes are looked for,
+      'bad_numbers/threshold', the norm above which one is, Inf during warm-up.
     """
     guard: Any = before.guard
     norm, limit = metrics["grad_norm"], threshold(policy, guard)
@@ -129,8 +130,9 @@ def guard_update(
     held_back = bad | guard.frozen
 
     def choose(new: Any, old: Any) -> Any:
-        # A select, not a branch: it costs no memory traffic within the update's own loop over the
-        # parameters, and leaves XLA free to write the new state over the old.
+        # A select, not a branch: it joins the update's own loop over the parameters, which reads
+        # the old values anyway, and leaves XLA free to write the new state over the old. What
+        # remains is what clipping by the global norm costs: no update before all gradients are in.
         return new if _is_schedule(new) else jnp.where(held_back, old, new)
 
     params, opt_state, statistics = jax.tree.map(
@@ -169,13 +171,13 @@ def add_norm(guard: train_state.Guard, norm: jax.Array, window: int) -> train_st
     """The guard with one more norm in its mean and variance.
 
     Weighted updates of both at once, which subtract no large sums from each other (Finch, 2009,
-    "Incremental calculation of weighted mean and variance", section 9). The n-th norm weighs 1 / n,
-    then 1 / window: the plain mean and variance of up to `window` norms, without the bias to zero
-    that an exponential average has at its start.
+    "Incremental calculation of weighted mean and variance", last section). The n-th norm weighs
+    1 / n, then 1 / window: the plain mean and variance of up to `window` norms, without the bias to
+    zero that an exponential average has at its start.
 
     Args:
       guard: statistics of the norms before.
-      norm: float32 scalar.
+      norm: float32 scalar; zero counts as a tiny one.
       window: see `Policy`.
     """
     weight = 1.0 / jnp.minimum(guard.count + 1, window)

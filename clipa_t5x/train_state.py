@@ -15,9 +15,9 @@ class Guard:
       mean: float32, running mean of the logarithm of the gradient's norm.
       variance: float32, its running variance.
       count: int32, norms that entered both.
-      in_a_row: int32, latest steps whose update was not applied.
-      skipped: int32, all such steps of the run.
-      frozen: bool, whether no update is applied any more.
+      in_a_row: int32, bad steps since the latest update that was applied.
+      skipped: int32, all steps of the run whose update was not applied.
+      frozen: bool, whether no update is applied any more; never so in a checkpoint.
     """
 
     mean: jax.Array
