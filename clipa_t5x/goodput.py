@@ -100,8 +100,11 @@ class Recorder:
         self._write()
 
     def close(self) -> None:
-        """Writes the last line; does nothing when called again. A killed run never comes here."""
-        if not self._closed:
+        """Writes the last line; does nothing when called again. A killed run never comes here.
+
+        A start that ends before its first `resume` (refused, or with nothing to do) leaves nothing.
+        """
+        if self._resumes and not self._closed:
             self._closed = True
             self._turn()
             self._write()

@@ -185,7 +185,7 @@ class _Account:
         before = self._starts.get(line.start)
         if before is None:
             self._add_gap(line.start)
-            before = Line(line.start, line.start, 0, 0, 0, {})
+            before = Line(line.start, line.start, 0, 0, 0, self._overlap(line))
         if sum(line.seconds.values()) < sum(before.seconds.values()):
             return  # Lines of a start only grow: this one came too late.
         spent = {
@@ -204,6 +204,11 @@ class _Account:
             self._stretches.append(_Stretch(first, line.step, of_steps))
         else:  # Steps that were not told of before a rewind or a failure.
             self._seconds["lost"] += sum(of_steps.values())
+
+    def _overlap(self, line: Line) -> dict[str, float]:
+        """What a start spent while the one before it was still ending: counted once."""
+        overlap = self._latest.time - line.start if self._latest else 0.0
+        return {"init": min(max(overlap, 0.0), line.seconds.get("init", 0.0))}
 
     def _add_gap(self, start: float) -> None:
         """Accounts for the time between the latest line and another start."""

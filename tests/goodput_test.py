@@ -73,6 +73,13 @@ def test_a_process_counts_from_its_start(tmp_path):
         assert least <= summary(tmp_path / name).seconds["init"] <= most
 
 
+def test_a_start_that_never_had_a_state_leaves_nothing(tmp_path):
+    recorder = goodput.Recorder(str(tmp_path))
+    with recorder.phase("compile"):
+        recorder.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_is_full_costs_no_run_and_no_seconds(tmp_path):
     recorder = goodput.Recorder(str(tmp_path / "later"))
     recorder.resume(0)  # There is no folder to write in.

@@ -155,6 +155,12 @@ def test_categories_sum_to_wall_time(seed):
     assert doubled.seconds == pytest.approx(summary.seconds)
 
 
+def test_time_of_two_starts_at_once_counts_once():
+    summary = summarize(*FIRST, line(65, 80, 20, resumed_from=20, init=15))
+    assert summary.seconds["init"] == 7 + 10
+    assert sum(summary.seconds.values()) == 80
+
+
 def test_stages_add_up():
     one, two = summarize(*FIRST), summarize(FIRST[0], line(50, 60, 5, step=6, init=4))
     both = wall_time.total([one, two])
