@@ -1,0 +1,78 @@
+"""Killed at any moment, a run comes to the same end, bit for bit."""
+
+import random
+
+import experiments
+import numpy as np
+import pytest
+from chaos import killing
+
+PERIOD = 4
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return experiments.digits_dir(str(tmp_path_factory.mktemp("workspace")))
+
+
+@pytest.fixture(scope="module")
+def make_run(workspace, tmp_path_factory):
+    """Returns a function that makes a run of a few steps, with an evaluation, in its own folder."""
+
+    def make(num_processes=1, steps=16):
+        model_dir = tmp_path_factory.mktemp("runs") / "run"
+        macros = {
+            "TRAIN_STEPS": steps, "CHECKPOINT_PERIOD": PERIOD, "LOG_PERIOD": 1,
+            "EVAL_PERIOD": steps // 2, "EVAL_EXAMPLES": 64, "MODEL_DIR": str(model_dir),
+        }  # fmt: skip
+        bindings = [*experiments.MINIATURE, *(f"{k} = {v!r}" for k, v in macros.items())]
+        command = experiments.command(
+            "train",
+            f"--gin_file={experiments.GIN}/digits_stage1.gin",
+            "--peer_timeout_seconds=15",
+            *(f"--gin_bindings={binding}" for binding in bindings),
+        )
+        return killing.Run(command, model_dir, workspace, num_processes, optimized=False)
+
+    return make
+
+
+def assert_same_end(run, whole, steps):
+    ends = [experiments.saved_state(each.model_dir, steps) for each in (run, whole)]
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        np.testing.assert_array_equal(value, ends[1][name], err_msg=name)
+
+
+def test_a_run_that_is_killed_in_a_step_and_in_a_save_comes_to_the_same_end(make_run):
+    whole, run, rng = make_run(), make_run(), random.Random(0)
+    whole.finish()
+    for moment in ("step", "save"):
+        kill = run.kill(moment, rng)
+        assert kill is not None and kill.statuses == (-9,)
+    run.finish()
+    assert_same_end(run, whole, 16)
+
+
+def test_a_run_that_is_asked_to_stop_loses_nothing(make_run):
+    whole, run = make_run(), make_run()
+    whole.finish()
+    kill = run.kill("step", random.Random(1), with_signal="SIGTERM")
+    assert kill is not None and kill.statuses == (75,) and kill.redone == 0
+    run.finish()
+    assert_same_end(run, whole, 16)
+
+
+@pytest.mark.slow
+def test_the_survivor_of_two_processes_ends_and_the_run_goes_on(make_run):
+    whole, run, rng = make_run(2, 40), make_run(2, 40), random.Random(0)
+    whole.finish()
+    for moment in ("start", "step", "save", "evaluation"):
+        kill = run.kill(moment, rng, timeout=60)
+        if kill is None:
+            break
+        assert sorted(kill.statuses)[0] == -9 and set(kill.statuses) - {-9} <= {75, -6, 134}
+        assert kill.seconds < 45
+    else:
+        run.finish()
+    assert_same_end(run, whole, 40)
