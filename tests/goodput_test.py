@@ -7,13 +7,19 @@ import pytest
 from clipa_t5x import goodput, processes, wall_time
 
 
+def lines(model_dir):
+    return wall_time.parse((model_dir / wall_time.FILE).read_text())
+
+
 def summary(model_dir):
-    return wall_time.summarize(wall_time.parse((model_dir / wall_time.FILE).read_text()))
+    return wall_time.summarize(lines(model_dir))
 
 
 def test_a_run_and_its_resumption(tmp_path):
-    began = time.time()
+    """Bounded by clocks read just outside and just inside of what it counts."""
+    outer = time.time()
     recorder = goodput.Recorder(str(tmp_path))
+    inner = time.time()
     time.sleep(0.02)
     recorder.resume(0)
     with recorder.phase("compile"):
@@ -27,14 +33,14 @@ def test_a_run_and_its_resumption(tmp_path):
         recorder.log(20, stalled_seconds=0.05)
     with recorder.phase("checkpoint"):
         time.sleep(0.01)
+    inner = time.time() - inner
     recorder.close()
     recorder.close()
-    took = time.time() - began
     found = summary(tmp_path)
-    assert sum(found.seconds.values()) == pytest.approx(took, abs=0.05)
+    assert inner - 0.01 <= sum(found.seconds.values()) <= time.time() - outer + 0.01
     least = {"init": 0.02, "compile": 0.03, "step": 0.11, "evaluation": 0.05, "checkpoint": 0.01}
     for name, value in least.items():
-        assert value - 0.002 <= found.seconds[name] <= value + 0.05, name
+        assert value - 0.002 <= found.seconds[name], name
     assert found.seconds["data_wait"] == pytest.approx(0.05, abs=0.002)
     assert found.seconds["lost"] == 0
 
@@ -44,8 +50,10 @@ def test_a_run_and_its_resumption(tmp_path):
     recorder.close()
     again = summary(tmp_path)
     assert (again.restarts, again.seconds["down"] >= 0.1) == (1, True)
-    assert again.seconds["lost"] == pytest.approx((0.06 + 0.0) / 2, abs=0.02)
-    assert sum(again.seconds.values()) == pytest.approx(time.time() - began, abs=0.05)
+    ten, twenty = (line.seconds for line in lines(tmp_path)[1:3])
+    stretch = sum(twenty[name] - ten[name] for name in ("step", "data_wait"))
+    assert again.seconds["lost"] == pytest.approx(stretch / 2)
+    assert sum(again.seconds.values()) <= time.time() - outer + 0.01
 
 
 def test_more_waiting_than_time_is_none_of_the_steps(tmp_path):
@@ -65,7 +73,7 @@ def test_more_waiting_than_time_is_none_of_the_steps(tmp_path):
 
 def test_a_process_counts_from_its_start(tmp_path):
     goodput.count_from(processes.start_time())
-    for name, least, most in (("first", 0.2, 1e5), ("second", 0.0, 0.1)):
+    for name, least, most in (("first", 0.2, 1e5), ("second", 0.0, 0.2)):
         recorder = goodput.Recorder(str(tmp_path / name))
         (tmp_path / name).mkdir()
         recorder.resume(0)

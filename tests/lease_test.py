@@ -75,7 +75,7 @@ def test_a_folder_is_held_once_and_free_again(tmp_path):
         check()
         before = time.monotonic()
         assert f"in use by another run: process {os.getpid()} on " in refused(tmp_path)
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 20  # A minute if it had to be watched.
         check()
         assert len(leases(tmp_path)) == 1
     assert leases(tmp_path) == []
@@ -109,7 +109,7 @@ def test_a_run_of_this_machine_hinders_while_its_process_is_there(tmp_path, star
     assert len(leases(tmp_path)) == 1
     before = time.monotonic()
     with lease.held(str(tmp_path)):
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 20
         assert len(leases(tmp_path)) == 1
     assert leases(tmp_path) == []
 
@@ -124,7 +124,7 @@ def test_a_run_elsewhere_hinders_while_its_heart_beats(tmp_path, start):
     run.send(signal.SIGSTOP)
     before = time.monotonic()
     with lease.held(str(tmp_path), period=0.1, timeout=1.0) as check:
-        assert 1 <= time.monotonic() - before < 5
+        assert 1 <= time.monotonic() - before < 20
         run.send(signal.SIGCONT)
         time.sleep(0.3)
         check()
