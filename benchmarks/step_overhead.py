@@ -5,6 +5,7 @@ metrics, log lines, files), segment after segment in turn, and prints the ratio 
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -12,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from clipa_t5x import gin_utils, metrics, stage_info, train_loop, trainer
+from clipa_t5x import gin_utils, metrics, stage_info, supervision, train_loop, trainer, watchdog
 from clipa_t5x.data import input_pipeline
 
 ROOT = "clipa_t5x.train.train"
@@ -63,9 +64,9 @@ def bare_segment(step, state, batch, num_steps):
     return (time.perf_counter() - start) / num_steps, state
 
 
-def loop_segment(step, state, batch, num_steps, writer, info, log_period):
+def loop_segment(step, state, batch, num_steps, writer, info, supervisor, log_period):
     """Seconds per step of the training loop."""
-    progress = train_loop.Progress(writer, info, 0)
+    progress = train_loop.Progress(writer, info, supervisor)
     start = time.perf_counter()
     steps = range(1, num_steps + 1)
     updates = train_loop.training_steps(state, step, SameBatch(batch), progress.clock, steps)
@@ -89,8 +90,9 @@ def main():
     bound, state, batch, info = build(args.batch_size)
     step = bound.compiled_train_step
     seconds: dict[str, list[float]] = {"bare": [], "loop": []}
-    with tempfile.TemporaryDirectory() as model_dir:
+    with tempfile.TemporaryDirectory() as model_dir, contextlib.ExitStack() as stack:
         writer = metrics.MetricsWriter(model_dir)
+        supervisor = stack.enter_context(supervision.supervised(model_dir, watchdog.Watchdog()))
         for pair in range(-1, args.pairs):  # the first pair warms up
             # Either goes first as often, so that what drifts within a pair cancels out.
             for kind in ("bare", "loop") if pair % 2 else ("loop", "bare"):
@@ -98,7 +100,7 @@ def main():
                     taken, state = bare_segment(step, state, batch, args.steps)
                 else:
                     taken, state = loop_segment(
-                        step, state, batch, args.steps, writer, info, args.log_period
+                        step, state, batch, args.steps, writer, info, supervisor, args.log_period
                     )
                 if pair >= 0:
                     seconds[kind].append(taken)

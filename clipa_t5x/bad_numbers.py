@@ -35,6 +35,11 @@ SKIPPED = "bad_numbers/skipped"
 SKIPPED_IN_ALL = "bad_numbers/skipped_in_all"
 THRESHOLD = "bad_numbers/threshold"
 
+_REMEDY = (
+    "Lower LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint "
+    "(--accept_recipe_changes)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -253,9 +258,7 @@ def judge(
             broken = _not_finite(values)
             if broken:
                 return Stop(
-                    f"{_fact(values, broken)} at step {step}: training has diverged. Lower "
-                    "LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last "
-                    "checkpoint."
+                    f"{_fact(values, broken)} at step {step}: training has diverged. {_REMEDY}."
                 )
             continue
         verdict = _judge_bad(policy, step, values, rewinds)
@@ -291,23 +294,22 @@ def _judge_bad(
 ) -> Stop | Rewind | None:
     """The verdict on the first step that was not applied, None where training goes on."""
     cause = _cause(values, step)
-    calm = "Lower LEARNING_RATE or lengthen WARMUP_STEPS, and start again from the last checkpoint"
     if policy.action == "skip":
         if values[IN_A_ROW] < policy.max_in_a_row:
             return None
         first = step - policy.max_in_a_row + 1
         return Stop(
             f"{cause}, and no update since step {first} could be applied "
-            f"(bad_numbers.Policy.max_in_a_row is {policy.max_in_a_row}). {calm}."
+            f"(bad_numbers.Policy.max_in_a_row is {policy.max_in_a_row}). {_REMEDY}."
         )
     if policy.action == "rewind":
         if rewinds < policy.max_rewinds:
             return Rewind(step, f"{cause}: going back to the last checkpoint, past this data.")
         return Stop(
             f"{cause}, and the run was rewound {rewinds} times already "
-            f"(bad_numbers.Policy.max_rewinds is {policy.max_rewinds}). {calm}."
+            f"(bad_numbers.Policy.max_rewinds is {policy.max_rewinds}). {_REMEDY}."
         )
-    return Stop(f"{cause} (BAD_NUMBERS_ACTION is 'raise'). {calm}, or with 'skip' or 'rewind'.")
+    return Stop(f"{cause} (BAD_NUMBERS_ACTION is 'raise'). {_REMEDY}, or with 'skip' or 'rewind'.")
 
 
 def _means(policy: Policy | None, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -125,7 +125,11 @@ def train(
             rows_at_once=trainer.rows_at_once,
         )  # fmt: skip
         with contextlib.closing(writer):
-            state = loop.run(start)
+            try:
+                state = loop.run(start)
+            finally:
+                supervisor.recorder.close()
+                supervisor.recorder.log_summary()
         info.write(model_dir, completed=True)
     return state
 
@@ -173,7 +177,8 @@ def is_finished(start: train_loop.Start, total_steps: int, model_dir: str) -> bo
     if start.step > total_steps:
         raise UserError(
             f"TRAIN_STEPS is {total_steps}, and the newest checkpoint in {model_dir} is of step "
-            f"{start.step}. TRAIN_STEPS counts all of a run's steps: raise it, or change MODEL_DIR."
+            f"{start.step}. TRAIN_STEPS counts all of a run's steps: raise it (with "
+            "--accept_recipe_changes), or change MODEL_DIR."
         )
     if start.step < total_steps or start.evaluation_due:
         return False
