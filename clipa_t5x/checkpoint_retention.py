@@ -30,10 +30,10 @@ class Retention:
         if self.keep is None:
             return []
         sign = -1.0 if self.best_mode == "min" else 1.0
-        ranked = sorted((sign * m, step) for step, m in saved.items() if m is not None)
+        ranked = sorted(((sign * m, s) for s, m in saved.items() if m is not None), reverse=True)
         kept = set(sorted(saved)[-self.keep :])
         kept |= {step for step in saved if self._is_periodic(step)}
-        kept |= {step for _, step in ranked[len(ranked) - self.keep_best :]}
+        kept |= {step for _, step in ranked[: self.keep_best]}
         return sorted(saved.keys() - kept)
 
     def peak(self, present: Collection[int], due: Collection[int]) -> int:
@@ -43,10 +43,11 @@ class Retention:
           present: steps of the checkpoints that are there.
           due: steps that will be saved.
         """
-        steps = {*present, *due}
+        steps = sorted({*present, *due})
         if self.keep is None or not due:
             return len(steps)
-        rules = self.keep + 1 + self.keep_best + sum(map(self._is_periodic, steps))
+        newest = self.keep + 1
+        rules = newest + self.keep_best + sum(map(self._is_periodic, steps[:-newest]))
         # What is there too many is removed after the first save only.
         return max(min(len(steps), rules), len(present) + 1)
 

@@ -4,6 +4,8 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -194,4 +196,6 @@ def cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     text = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {text.partition(' [source locations=')[0]}".rstrip(".: ")
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's own errors
+        return os.strerror(int(code.group(1)))
+    return f"{type(error).__name__}: {text}".rstrip(".: ")

@@ -30,11 +30,6 @@ from clipa_t5x import (
 from clipa_t5x.checkpoint_folders import PREFIX, folder_of
 from clipa_t5x.errors import UnsavableError, UserError, check_number
 
-_REMEDY = (
-    "Mend that and start again: the run goes on from its newest whole checkpoint "
-    "(MAX_FAILED_SAVES allows for some failures)."
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpointConfig:
@@ -147,7 +142,7 @@ class Checkpointer:
         """
         self._cfg, self._model_dir = cfg, model_dir
         self._writer = checkpoint_writer.CheckpointWriter(model_dir, cfg.retention, cfg.best_metric)
-        self._failed_saves, self._last_failure = 0, ""
+        self._failed_saves = 0
         self._warned_of_metric = False
         failure = agreement.same_for_all("checkpoints_opened", self._clear)
         if failure:
@@ -247,25 +242,29 @@ class Checkpointer:
                 ", ".join(sorted(metrics)),
             )
 
-    def wait(self) -> None:
+    def wait(self, last: bool = False) -> None:
         """Waits for the save that is under way, and counts it if it failed.
 
         Raises:
-          UserError: more have failed than may.
+          UserError: more have failed than may, or the last one has.
         """
         outcome = self._writer.wait()
         if outcome is None:
             return
-        self._steps, self._last_failure = outcome.steps, ""
+        self._steps = outcome.steps
         if not outcome.failure:
             return
-        self._last_failure = f"saving {self._folder(outcome.step)} failed: {outcome.failure}"
         self._failed_saves += 1
-        if self._failed_saves > self._cfg.max_failed_saves:
-            raise UnsavableError(f"{self._last_failure}. {_REMEDY}")
+        failure = f"saving {self._folder(outcome.step)} failed: {outcome.failure}"
+        allowed = self._cfg.max_failed_saves
+        if last or self._failed_saves > allowed:
+            raise UnsavableError(
+                f"{failure}. Mend that and start again: the run goes on from its newest whole "
+                "checkpoint (MAX_FAILED_SAVES allows for failures of all but the last save)."
+            )
         logging.error(
-            "%s (failed save %d, MAX_FAILED_SAVES is %d): training goes on.",
-            self._last_failure, self._failed_saves, self._cfg.max_failed_saves,
+            "%s. Training goes on (%d of %d, MAX_FAILED_SAVES).",
+            failure, self._failed_saves, allowed,
         )  # fmt: skip
 
     def restore(
@@ -350,12 +349,10 @@ class Checkpointer:
           UserError: it failed, whatever may fail.
         """
         try:
-            self.wait()
+            self.wait(last=True)
         finally:
             self._writer.close()
         agreement.same_for_all("checkpoints_closed", self._clear)
-        if self._last_failure:
-            raise UserError(f"{self._last_failure}, and it was the last of the run. {_REMEDY}")
 
 
 def wait_for_all_processes(name: str, timeout_secs: int = 3600) -> None:

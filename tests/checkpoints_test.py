@@ -1,7 +1,9 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -110,6 +112,229 @@ def test_when_a_checkpoint_is_due(tmp_path, period, due):
     checkpointer = checkpoints.Checkpointer(str(tmp_path), cfg)
     assert [step for step in range(1, 11) if checkpointer.is_due(step, 10)] == due
     assert checkpointer.restore(abstract(small_state())) is None
+
+
+# What is not whole.
+
+
+def test_a_killed_save_is_not_a_checkpoint(tmp_path):
+    """Neither those of this version nor those of versions that renamed what was finished."""
+    state = small_state()
+    save(tmp_path, state, 4)
+    killed = ["checkpoint_8.orbax-checkpoint-tmp-1700000000", "checkpoint_10"]
+    for name in killed:
+        shutil.copytree(tmp_path / "checkpoint_4", tmp_path / name)
+    (tmp_path / "checkpoint_10" / "manifest.json").unlink()
+    (tmp_path / "checkpoint_10" / "UNFINISHED").touch()
+    assert checkpoints.locate(str(tmp_path)) == (str(tmp_path), 4)
+    assert all((tmp_path / name).exists() for name in killed)
+    assert_same(restore(tmp_path, abstract(state))[0], state)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_4"]
+
+
+def no_manifest(path):
+    (path / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+def cut_manifest(path):
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text()[:200])
+    return "manifest.json is unreadable"
+
+
+def no_data(path):
+    (path / "data" / "metadata").unlink()
+    return "data/metadata is missing"
+
+
+def other_arrays(path):
+    array = max((path / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    array.write_bytes(array.read_bytes()[::-1])
+    return "has crc32c"
+
+
+@pytest.mark.parametrize("damage", [no_manifest, cut_manifest, no_data, other_arrays])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
+    older, newer = small_state(), small_state(seed=1)
+    save(tmp_path, older, 4)
+    save(tmp_path, newer, 8)
+    check = damage(tmp_path / "checkpoint_8")
+    # A reader leaves it where it is.
+    assert checkpoints.locate(str(tmp_path)) == (str(tmp_path), 4)
+    assert (tmp_path / "checkpoint_8").exists()
+    caplog.clear()
+    checkpointer = checkpoints.Checkpointer(str(tmp_path), checkpoints.SaveCheckpointConfig(keep=2))
+    restored = checkpointer.restore(abstract(older))
+    assert_same(restored.state, older)
+    assert restored.step == 4
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    for part in (tmp_path / "checkpoint_8", check, "checkpoint_4 is used instead", ".damaged-"):
+        assert str(part) in warning
+    # Nothing of a user's is lost, its step can be saved, and it is not counted as kept.
+    assert len(list(tmp_path.glob("checkpoint_8.damaged-*"))) == 1
+    checkpointer.save(8, newer, DATA)
+    checkpointer.close()
+    assert checkpoints.all_steps(str(tmp_path)) == [4, 8]
+    assert_same(restore(tmp_path, abstract(newer))[0], newer)
+
+
+def test_random_damage_is_never_restored(tmp_path):
+    """Every file of a real checkpoint, flipped or cut at random places."""
+    rng = np.random.default_rng(0)
+    older, newer = small_state(), small_state(seed=1)
+    save(tmp_path, older, 4)
+    save(tmp_path, newer, 8)
+    files = sorted(p for p in (tmp_path / "checkpoint_8").rglob("*") if p.stat().st_size)
+    files = [path for path in files if path.is_file()]
+    for i in range(200):
+        path = files[i % len(files)]
+        whole = path.read_bytes()
+        place = int(rng.integers(len(whole)))
+        flipped = bytes([whole[place] ^ (1 << int(rng.integers(8)))])
+        path.write_bytes(whole[:place] + (flipped + whole[place + 1 :] if i % 2 else b""))
+        assert checkpoints.locate(str(tmp_path)) == (str(tmp_path), 4)
+        path.write_bytes(whole)
+    assert checkpoints.locate(str(tmp_path)) == (str(tmp_path), 8)
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(tmp_path):
+    save(tmp_path, small_state(), 4, 8)
+    check = no_data(tmp_path / "checkpoint_8")
+    one_line_error(
+        lambda: checkpoints.locate(f"{tmp_path}/checkpoint_8"),
+        "checkpoint_8 is damaged", check, "checkpoint_4",
+    )  # fmt: skip
+    assert checkpoints.locate(f"{tmp_path}/checkpoint_4") == (str(tmp_path), 4)
+
+
+def test_no_run_starts_over_where_all_are_damaged(tmp_path):
+    save(tmp_path, small_state(), 4, 8)
+    checks = [damage(tmp_path / "checkpoint_8") for damage in (no_data,)]
+    no_manifest(tmp_path / "checkpoint_4")
+    for _ in range(2):  # What is refused is not set aside: it is refused again.
+        one_line_error(
+            lambda: restore(tmp_path, abstract(small_state())),
+            tmp_path, "of 2", "checkpoint_8", checks[0], "start from scratch",
+        )  # fmt: skip
+    one_line_error(lambda: checkpoints.locate(str(tmp_path)), "no complete checkpoint")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_4", "checkpoint_8"]
+
+
+def test_what_tensorstore_says_is_not_swallowed(tmp_path, monkeypatch):
+    """A disk that fails between verification and restoring."""
+    save(tmp_path, small_state(), 4)
+    restore_state = ocp.PyTreeCheckpointHandler.restore
+
+    def failing(self, directory, **kwargs):
+        for arrays in list((tmp_path / "checkpoint_4" / "state").rglob("d")):
+            shutil.rmtree(arrays)
+        return restore_state(self, directory, **kwargs)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", failing)
+    with pytest.raises(ValueError, match="NOT_FOUND|DATA_LOSS"):
+        restore(tmp_path, abstract(small_state()))
+
+
+def save_as_before(model_dir, state, step):
+    """As versions without manifests did."""
+    manager = ocp.CheckpointManager(
+        model_dir,
+        options=ocp.CheckpointManagerOptions(step_prefix="checkpoint"),
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        },
+    )
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(DATA),
+            config=ocp.args.JsonSave({"gin": ""}),
+        ),
+    )
+    manager.close()
+
+
+def test_checkpoints_without_manifests_go_on(tmp_path, state, trainer, caplog):
+    save_as_before(tmp_path, state, 6)
+    assert checkpoints.locate(f"{tmp_path}/checkpoint_6") == (str(tmp_path), 6)
+    caplog.clear()
+    checkpointer = checkpoints.Checkpointer(str(tmp_path), checkpoints.SaveCheckpointConfig(keep=1))
+    restored = checkpointer.restore(trainer.abstract_state)
+    assert_same(restored.state, state)
+    assert (restored.data_state, restored.step) == (DATA, 6)
+    assert "checkpoint_6 has no manifest: its files cannot be verified" in caplog.text
+    checkpointer.save(8, state, DATA)
+    checkpointer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_8"]
+
+
+def test_orbax_alone_reads_a_checkpoint(saved, state):
+    """No tool of ours is needed for what is in it."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(saved / "checkpoint_6" / "state")
+    for name, value in checkpoints.flatten(tree["params"]).items():
+        np.testing.assert_array_equal(value, checkpoints.flatten(state.params)[name])
+
+
+def test_going_back(tmp_path):
+    """Waits for the save that is under way; what is given up can be saved anew."""
+    checkpointer = checkpoints.Checkpointer(str(tmp_path), checkpoints.SaveCheckpointConfig())
+    states = {step: small_state(seed=step, step=step) for step in (2, 4, 6)}
+    for step, state in states.items():
+        checkpointer.save(step, state, {"next": step})
+    restored = checkpointer.restore(abstract(states[2]), before_step=7)
+    assert restored.step == 6 and restored.data_state == {"next": 6}
+    restored = checkpointer.restore(abstract(states[2]), before_step=6)
+    assert_same(restored.state, states[4])
+    assert len(list(tmp_path.glob("checkpoint_6.rewound-*"))) == 1
+    checkpointer.save(6, states[2], {"next": 60})
+    assert checkpointer.restore(abstract(states[2])).data_state == {"next": 60}
+    assert checkpointer.restore(abstract(states[2]), before_step=2) is None
+    checkpointer.close()
+    assert checkpoints.all_steps(str(tmp_path)) == [2, 4, 6]
+
+
+def test_nothing_but_checkpoints_is_cleared(tmp_path):
+    others = ["train/events", "inference_eval/imagenet/events", "stage1/checkpoint_3/state/d",
+              "checkpoint_notes/x", "my_checkpoint_3/x"]  # fmt: skip
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "checkpoint_2").mkdir()
+    for step in (4, 8):
+        save(tmp_path, small_state(), step)
+    assert all((tmp_path / name).read_text() == "precious" for name in others)
+    assert checkpoints.all_steps(str(tmp_path)) == [4, 8]
+    assert not (tmp_path / "checkpoint_2").exists()
+
+
+def test_a_model_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    one_line_error(
+        lambda: save(tmp_path / "file" / "run", small_state(), 1),
+        "file/run cannot be written", "Not a directory",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cfg, parts",
+    [
+        ({"period": 0}, ["CHECKPOINT_PERIOD is 0"]),
+        ({"keep": 1.5}, ["KEEP_CHECKPOINTS is 1.5"]),
+        ({"keep_period": 0}, ["KEEP_CHECKPOINT_PERIOD is 0"]),
+        ({"keep_best": -1}, ["KEEP_BEST_CHECKPOINTS is -1"]),
+        ({"max_failed_saves": None}, ["MAX_FAILED_SAVES is None"]),
+        ({"best_mode": "mx"}, ["BEST_MODE is 'mx'", "'max' or 'min'"]),
+        ({"keep_best": 2}, ["KEEP_BEST_CHECKPOINTS is 2", "BEST_METRIC is not set"]),
+    ],
+)
+def test_what_cannot_be_saved_by(cfg, parts):
+    one_line_error(checkpoints.SaveCheckpointConfig(**cfg).check, *parts)
+    checkpoints.SaveCheckpointConfig(keep=None, keep_best=1, best_metric="a").check()
 
 
 # Other models, other optimizers.
