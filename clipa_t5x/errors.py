@@ -1,5 +1,9 @@
 """The error that a user can mend."""
 
+# Of a line: files of strangers are quoted, and a terminal is to be spared what they may hold.
+_MOST_CHARACTERS = 1400
+_FIRST_CHARACTERS, _LAST_CHARACTERS = 900, 450
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: configuration, paths, data, a checkpoint of another model.
@@ -7,7 +11,21 @@ class UserError(ValueError):
     The message is one line: the fact, the value, where it came from, the remedy. The command-line
     doors print it without a traceback and exit with status 2; anything else that is raised is a bug
     and keeps its traceback.
+
+    What it quotes may come from anybody's files: characters that cannot be printed are escaped, and
+    of a very long line the middle is left out.
     """
+
+    def __init__(self, message: str):
+        super().__init__("\n".join(map(_printable, message.split("\n"))))
+
+
+def _printable(line: str) -> str:
+    if len(line) > _MOST_CHARACTERS:
+        line = f"{line[:_FIRST_CHARACTERS]} ... {line[-_LAST_CHARACTERS:]}"
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class UnsavableError(UserError):

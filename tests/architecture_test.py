@@ -120,12 +120,47 @@ def test_tensorflow_is_for_data_only():
 
 
 def test_nothing_unpickles():
-    for library in ("pickle", "cPickle", "dill", "cloudpickle", "joblib"):
+    unsafe = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+    for library in (*unsafe, "torch", "yaml"):
         assert not _importers(library)
     for module, tree in MODULES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, module
+
+
+# What runs code that it is given, or writes wherever an archive says.
+EXECUTING = {
+    *("eval", "exec", "os.system", "os.popen", "shutil.unpack_archive"),
+    *("subprocess.getoutput", "subprocess.getstatusoutput"),
+}
+EXTRACTING = {"extract", "extractall"}
+LOADING_ARRAYS = {"np.load", "numpy.load", "jnp.load", "npy_format.read_array"}
+
+
+def _calls():
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                yield module, ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+
+
+def test_nothing_executes_what_it_reads():
+    for module, name, keywords in _calls():
+        assert name not in EXECUTING, f"{module} calls {name}"
+        assert not getattr(keywords.get("shell"), "value", False), f"{module} calls a shell"
+
+
+def test_archives_are_never_extracted_to_paths():
+    for module, name, _ in _calls():
+        assert name.rpartition(".")[2] not in EXTRACTING, f"{module} calls {name}"
+
+
+def test_arrays_are_loaded_without_pickles():
+    loads = [(module, keywords) for module, name, keywords in _calls() if name in LOADING_ARRAYS]
+    assert loads, "no module loads arrays: names in LOADING_ARRAYS have changed"
+    for module, keywords in loads:
+        assert getattr(keywords.get("allow_pickle"), "value", True) is False, module
 
 
 def test_only_doors_print():

@@ -74,11 +74,11 @@ class _Open:
         if not self._reader.ok():
             raise BadRecord("damaged shard", f"{self._path} cannot be opened any more")
         number = int(row[0])
+        if not 0 <= number < self._reader.num_records():
+            raise BadRecord("truncated shard", f"{self._path} has no record {number}")
         try:
             # A range: the library's other call, by a list, takes ten times as long for one record.
             (data,) = self._reader.read(number, number + 1)
-        except IndexError as error:
-            raise BadRecord("truncated shard", f"{self._path} has no record {number}") from error
         except RuntimeError as error:
             raise BadRecord("damaged shard", f"record {number}: {error}") from error
         return parse_example(data)

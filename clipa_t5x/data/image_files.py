@@ -1,7 +1,7 @@
 """What an image file says of itself, before a pixel is decoded, and what is made of unusual ones.
 
 Plain JPEGs pass untouched, whatever their size: they are decoded later, at the scale they are used.
-Everything else that Pillow reads becomes a plain PNG.
+What else is in one of `FORMATS` becomes a plain PNG.
 """
 
 import functools
@@ -22,8 +22,12 @@ _TAIL_BYTES = 64
 # Frame headers of Huffman-coded JPEGs, sequential and progressive: what every decoder reads.
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA))
 # PNG's colour types without palette and alpha.
 _GRAY, _RGB = 0, 2
+# What Pillow may be asked for. It reads more, and for PostScript would start an interpreter.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_PLAIN_FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 2**26
 MIN_SIDE = 2
 
@@ -48,7 +52,7 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Reads an image's header and makes something plain of what is not.
 
     Args:
-      data: of any format that Pillow reads.
+      data: in one of `FORMATS`.
       max_pixels: height times width above which an image is refused undecoded.
 
     Raises:
@@ -70,6 +74,13 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
     return _mend(data, max_pixels)
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this machine's Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise BadRecord("too many pixels", f"{width} x {height} is above {max_pixels}")
@@ -85,6 +96,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         if marker == 0xFF:  # Any number of these may fill the space between segments.
             at += 1
             continue
+        if marker in _WITHOUT_LENGTH:  # Decoders go on right behind it: none of a plain header's.
+            return None
         if marker in _PLAIN_FRAMES:
             height, width, colors = struct.unpack_from(">HHB", data, at + 5)
             return (height, width) if colors in (1, 3) and height else None
@@ -100,15 +113,15 @@ def _mend(data: bytes, max_pixels: int) -> ImageFile:
         # Pillow warns of large images; the size is looked at below, before pixels are.
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
         except Image.DecompressionBombError as error:
             raise BadRecord("too many pixels", str(error)) from error
         except Exception as error:  # Pillow's plugins raise whatever they stumble over.
             reason = "truncated image" if "truncated" in str(error).lower() else "not an image"
             raise BadRecord(reason, f"{type(error).__name__} in the header") from error
         _check_size(image.height, image.width, max_pixels)
-        kind = _kind(image)
         try:
+            kind = _kind(image)
             rgb = _to_rgb(image)
         except OSError as error:
             text = str(error)
@@ -123,7 +136,7 @@ def _mend(data: bytes, max_pixels: int) -> ImageFile:
 
 def _kind(image: Image.Image) -> str:
     """What is unusual about an image, in words for a count."""
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "is_animated", False):
         return "animated"
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         return "alpha"
@@ -148,6 +161,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image)
     return image.convert("RGB")
+
+
+def open_plain(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens what `check` returned, for Pillow to decode.
+
+    Raises:
+      BadRecord: there are too many pixels, or too few.
+      OSError: it is neither a JPEG nor a PNG. Decoding raises whatever decoders stumble over.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=_PLAIN_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise BadRecord("too many pixels", str(error)) from error
+    _check_size(image.height, image.width, max_pixels)
+    return image
 
 
 @functools.cache

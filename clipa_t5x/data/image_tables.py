@@ -9,9 +9,11 @@ its path is '__key__'. Columns of the same name are several captions.
 import array
 import csv
 import dataclasses
+import errno
 import functools
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +34,9 @@ _HEADER_CHUNK_BYTES = 2**16
 MAX_ROW_BYTES = 2**24
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WEB = ("http://", "https://")
+MAX_IMAGE_BYTES = 2**28
+# What is the path's fault and not the disk's.
+_NO_FILE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 def read_image(table: str, path: str) -> bytes:
@@ -56,12 +61,23 @@ def read_image(table: str, path: str) -> bytes:
     if not is_local(full):
         return _read_remote(full)
     try:
-        with open(full, "rb") as f:
+        # A pipe would be waited for, and a device such as /dev/zero never ends.
+        with open(full, "rb", opener=_open_at_once) as f:
+            status = os.fstat(f.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_IMAGE_BYTES:
+                what = f"{full} is no file of at most {MAX_IMAGE_BYTES} bytes"
+                raise BadRecord("unreadable image file", what)
             return f.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadRecord("missing image file", full) from error
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         raise BadRecord("unreadable image file", str(error)) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read_remote(url: str) -> bytes:

@@ -113,18 +113,11 @@ def _options(
 ) -> shard_conversion.Options:
     if caption_keys is None:
         present = _present(index)
-        found = (name for name in _CAPTION_KEYS if any(_has(r, name) for r in present))
+        found = (name for name in _CAPTION_KEYS if any(shard_formats.has(r, name) for r in present))
         caption_keys = tuple(found)[:1]
     return shard_conversion.Options(
         image_key=image_key or _IMAGE_KEYS, caption_keys=tuple(caption_keys)
     )
-
-
-def _has(record: shard_formats.Fields, name: str) -> bool:
-    try:
-        return record.get(name) is not None
-    except BadRecord:
-        return False
 
 
 def _head(name: str, index: record_index.RecordIndex) -> str:

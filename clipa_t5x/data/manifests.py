@@ -23,13 +23,38 @@ GENERATOR = "clipa_t5x.data.build"
 
 
 def read(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of a data set's folder, local or remote; None where there is none of ours."""
+    """The manifest of a data set's folder, local or remote; None where there is none of ours.
+
+    Raises:
+      UserError: it is one of ours, but damaged.
+    """
+    path = os.path.join(directory, FILE)
     try:
-        manifest = json.loads(_text(os.path.join(directory, FILE)))
-    except (OSError, ValueError):
+        manifest = json.loads(_text(path))
+    except (OSError, ValueError, RecursionError):
         return None
-    ours = isinstance(manifest, dict) and manifest.get("generator") == GENERATOR
-    return manifest if ours else None
+    if not isinstance(manifest, dict) or manifest.get("generator") != GENERATOR:
+        return None
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict) or not all(map(_is_split, splits.values())):
+        raise UserError(
+            f"{path} does not say of every split which shards it has, and file, records, bytes and "
+            "sha256 of each: copy the data set again, or remove that file and nothing is compared."
+        )
+    return manifest
+
+
+_SHARD_FACTS = {"file": str, "records": int, "bytes": int, "sha256": str}
+
+
+def _is_split(facts: Any) -> bool:
+    shards = facts.get("shards") if isinstance(facts, dict) else None
+    return isinstance(shards, list) and all(
+        isinstance(shard, dict)
+        and {"file", "records"} <= shard.keys()  # Older manifests state no sizes.
+        and all(isinstance(shard.get(name, kind()), kind) for name, kind in _SHARD_FACTS.items())
+        for shard in shards
+    )
 
 
 def _text(path: str) -> str:

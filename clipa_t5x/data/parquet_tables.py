@@ -24,6 +24,8 @@ from clipa_t5x.data.tfrecords import scan_cache
 from clipa_t5x.errors import UserError
 
 _SIGNATURE = b"PAR1"
+# Of rows that are all the same, which no captions are, a byte can hold more.
+_MOST_ROWS_PER_BYTE = 8
 
 
 class _RowGroups:
@@ -137,8 +139,6 @@ class Parquet:
         Raises:
           UserError: it is no parquet file, or has no column of images.
         """
-        import pyarrow as pa
-
         with ShardReader(path, scan_cache(path)) as reader:
             if reader.read(0, len(_SIGNATURE)) != _SIGNATURE:
                 raise UserError(
@@ -147,11 +147,14 @@ class Parquet:
                 )
             try:
                 file = _parquet_file(reader)
-            except (pa.ArrowException, OSError) as error:
+            except _damages() as error:
                 problem = f"was cut off or is damaged at its end ({_one_line(error)})"
                 return Scan(np.zeros((0, self.columns), np.int64), problem)
             self.image_of(file.schema_arrow.names, path)
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            if min(counts, default=0) < 0 or sum(counts) > _MOST_ROWS_PER_BYTE * reader.size:
+                problem = f"states {sum(counts)} rows, more than {reader.size} bytes can hold"
+                return Scan(np.zeros((0, self.columns), np.int64), problem)
         groups = np.repeat(np.arange(len(counts)), counts)
         first = np.repeat(np.cumsum([0, *counts])[:-1], counts)
         return Scan(np.stack([groups, np.arange(len(groups)) - first], 1).astype(np.int64))
@@ -181,18 +184,16 @@ class _OpenParquet:
     reader: ShardReader
 
     def read(self, row: np.ndarray) -> Fields:
-        import pyarrow as pa
-
         group, number = int(row[0]), int(row[1])
         key = (self.reader.path, group)
         try:
             rows = self.table.row_groups.get(
                 key, lambda: self._decode(group), self.table.cache_bytes
             )
-        except (pa.ArrowException, OSError) as error:
+            cells = {name: rows.column(name)[number].as_py() for name in rows.column_names}
+        except _damages() as error:
             raise BadRecord("damaged shard", f"row group {group}: {_one_line(error)}") from error
         image = self.table.image_of(rows.column_names, self.reader.path)
-        cells = {name: rows.column(name)[number].as_py() for name in rows.column_names}
         data, path = _image(cells.pop(image), self.reader.path)
         fields = {name: values for name, cell in cells.items() if (values := _values(cell))}
         return with_image(fields, image, data, path)
@@ -225,6 +226,13 @@ def _values(cell: Any) -> list[bytes | int]:
         elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
             found.append(int(value))
     return found
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What pyarrow raises of damaged files; texts that are no UTF-8 are told of as values."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, LookupError, OverflowError)
 
 
 def _one_line(error: BaseException) -> str:

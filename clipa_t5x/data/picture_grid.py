@@ -1,10 +1,11 @@
 """Pictures in rows and columns, each with its caption below."""
 
-import io
 import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+
+from clipa_t5x.data import image_files
 
 PICTURE = 160
 _GAP = 8
@@ -18,8 +19,8 @@ def draw(pictures: Sequence[tuple[bytes | None, str]]) -> Image.Image:
     """Draws a grid, about as wide as it is high.
 
     Args:
-      pictures: encoded image and caption of each; where the image is None, or cannot be
-        decoded, a gray square stands.
+      pictures: encoded image, a JPEG or PNG, and caption of each; where the image is None, has
+        too many pixels, or cannot be decoded, a gray square stands.
 
     Returns:
       An RGB image. Pictures are shrunk, never enlarged, to 160 pixels on their long side.
@@ -45,10 +46,10 @@ def draw(pictures: Sequence[tuple[bytes | None, str]]) -> Image.Image:
 def _open(data: bytes) -> Image.Image | None:
     """The picture, shrunk; None where only its decoder finds that it is broken."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with image_files.open_plain(data) as image:
             image.draft("RGB", (2 * PICTURE, 2 * PICTURE))
             picture = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # Pillow's decoders raise whatever they stumble over.
         return None
     picture.thumbnail((PICTURE, PICTURE))
     return picture

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from clipa_t5x.data import preprocessors, vocabularies
+from clipa_t5x.data import preprocessors, text_files, vocabularies
 from clipa_t5x.errors import UserError
 
 
@@ -13,12 +13,18 @@ def read_lines(path: str, what: str) -> list[str]:
     """The lines of a data file, without empty ones; `what` names them in errors.
 
     Raises:
-      UserError: the file is missing or empty.
+      UserError: the file is missing or empty, is no text, or is absurdly large.
     """
     if not tf.io.gfile.exists(path):
         raise UserError(f"{what} file {path} does not exist: give a text file, one {what} a line.")
-    with tf.io.gfile.GFile(path) as f:
-        lines = [line.strip() for line in f.read().splitlines() if line.strip()]
+    try:
+        text = text_files.read(path, what).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{what} file {path} is no UTF-8 text ({error.reason} at byte {error.start}): give a "
+            f"text file, one {what} a line."
+        ) from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{what} file {path} is empty: write one {what} a line.")
     return lines

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -98,21 +99,41 @@ def _fingerprint(shards: Iterable[str]) -> list[list]:
     ]
 
 
-def _cached(index_path: str, description: Mapping) -> tuple[np.ndarray, Mapping] | None:
-    """(rows, what else is kept), where an index of these very shards is kept."""
+# What JSON and .npy files raise that are damaged.
+_DAMAGES = (
+    *(tf.errors.OpError, OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError),
+    *(tokenize.TokenError, RecursionError, OverflowError, MemoryError),
+)
+
+
+def _cached(
+    index_path: str, description: Mapping, columns: int
+) -> tuple[np.ndarray, Mapping] | None:
+    """(rows, what else is kept), where a whole index of these very shards is kept."""
     try:
         with tf.io.gfile.GFile(index_path + ".json") as f:
             kept = json.load(f)
-        if any(kept.get(name) != value for name, value in description.items()):
+        if not _is_description(kept, description):
             return None
         if is_local(index_path):
             rows = np.load(index_path + ".npy", mmap_mode="r", allow_pickle=False)
         else:
             with tf.io.gfile.GFile(index_path + ".npy", "rb") as f:
                 rows = np.load(f, allow_pickle=False)
-    except (tf.errors.OpError, OSError, ValueError):
+    except _DAMAGES:
         return None
-    return (rows, kept) if len(rows) == kept["ends"][-1] else None
+    whole = rows.dtype == np.int64 and rows.shape == (kept["ends"][-1], columns)
+    return (rows, kept) if whole else None
+
+
+def _is_description(kept: Any, description: Mapping) -> bool:
+    """Whether what is kept is of these shards, and has what `_store` wrote."""
+    if not isinstance(kept, dict) or not isinstance(kept.get("problems"), dict):
+        return False
+    ends, num_shards = kept.get("ends"), len(description["shards"])
+    if not isinstance(ends, list) or len(ends) != num_shards or sorted(ends) != ends:
+        return False
+    return ends[0] >= 0 and all(kept.get(name) == value for name, value in description.items())
 
 
 def _store(index_path: str, kept: Mapping, rows: np.ndarray) -> None:
@@ -149,7 +170,7 @@ def load(
         "shards": fingerprint,
     }
     sizes = np.asarray([size for _, size, _ in fingerprint], np.int64)
-    cached = _cached(index_path, description)
+    cached = _cached(index_path, description, shard_format.columns)
     if cached is None:
         scans = _scan_all(shards, shard_format)
         ends = np.cumsum([len(scan.rows) for scan in scans], dtype=np.int64)

@@ -301,7 +301,7 @@ def shrink(
         return image
     width, height = round(image.width * scale), round(image.height * scale)
     try:
-        with Image.open(io.BytesIO(image.data)) as opened:
+        with image_files.open_plain(image.data) as opened:
             box = None
             if scale < 1.0:
                 # A JPEG is decoded at a fraction of its size, but at no less than twice of what is

@@ -94,6 +94,14 @@ def first_present(fields: Fields, names: str) -> bytes:
     raise BadRecord("missing image", f"no field {names!r}")
 
 
+def has(record: Fields, name: str) -> bool:
+    """Whether a record has a field; of metadata that cannot be read it has no member."""
+    try:
+        return record.get(name) is not None
+    except BadRecord:
+        return False
+
+
 def field_names(fields: Sequence[Fields]) -> list[str]:
     """Names of all fields that some records have, sorted."""
     names: set[str] = set()

@@ -38,6 +38,10 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
+# What Linux reads at once at most, and where files end at the latest.
+_MOST_BYTES, _MOST_OFFSET = 2**31 - 2**12, 2**62
+
+
 class BlockCache:
     """The most recently used blocks of remote files, no more bytes than a stated number.
 
@@ -112,7 +116,13 @@ class ShardReader:
         return _gfile().stat(self.path).length
 
     def read(self, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer at the end of the file."""
+        """At most `size` bytes from `offset`; fewer at the end of the file.
+
+        Numbers that a damaged index made up find nothing, or less.
+        """
+        if min(offset, size) < 0 or offset > _MOST_OFFSET:
+            return b""
+        size = min(size, _MOST_BYTES)
         if is_local(self.path):
             return os.pread(self._fd, size, offset)
         if self._cache is not None:

@@ -215,7 +215,7 @@ class ImageTextSource(seqio.DataSource):
         first = index.read(np.arange(min(len(index), _RECORDS_TO_LOOK_AT)))
         present = [record for record in first if not isinstance(record, BadRecord)]
         for name in self._fields.all_names():
-            if any(r.get(n) is not None for r in present for n in name.split(";")):
+            if any(shard_formats.has(record, n) for record in present for n in name.split(";")):
                 continue
             if not present and isinstance(first[0], BadRecord):
                 raise UserError(f"the first records of {index.shards[0]} are damaged: {first[0]}.")

@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
 
-from clipa_t5x.data import word_classes
+from clipa_t5x.data import text_files, word_classes
 from clipa_t5x.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
@@ -45,7 +45,7 @@ class BertVocabulary(seqio.Vocabulary):
         """All pieces, by id.
 
         Raises:
-          UserError: the file is missing, or is not a WordPiece vocabulary.
+          UserError: the file is missing, absurdly large, or is not a WordPiece vocabulary.
         """
         if not tf.io.gfile.exists(self.path) or tf.io.gfile.isdir(self.path):
             raise UserError(
@@ -53,8 +53,7 @@ class BertVocabulary(seqio.Vocabulary):
                 "vocabulary, one piece a line (for the paper's recipes bert-base-uncased's "
                 "vocab.txt; the embedded data sets are built with one of their own)."
             )
-        with tf.io.gfile.GFile(self.path, "rb") as f:
-            text = f.read().decode("utf-8", "replace")
+        text = text_files.read(self.path, "vocabulary").decode("utf-8", "replace")
         # Lines as TensorFlow counts them: a piece may hold what Unicode calls a line separator.
         pieces = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
         ids = {piece: i for i, piece in enumerate(pieces)}

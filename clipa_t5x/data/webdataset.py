@@ -6,9 +6,10 @@ a dot, folders and links belong to no sample. Nothing is unpacked: no path of an
 disk.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -68,7 +69,10 @@ def _number(field: bytes) -> int:
     """An octal number, or GNU's base 256 of those that are too great."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit():  # Signs and underscores, which `int` takes, are no tar's.
+        raise ValueError(f"size {digits!r}")
+    return int(digits, 8)
 
 
 def _pax_path(data: bytes) -> str | None:
@@ -128,8 +132,10 @@ class _JsonFields(dict[str, list[bytes | int]]):
             raise BadRecord("unreadable metadata", f"field {file}: {error}") from error
 
     def all_names(self) -> list[str]:
-        """Names of all fields, 'json:name' included."""
-        members = self._json("json", self["json"][0]) if "json" in self else {}
+        """Names of all fields, 'json:name' included; none of metadata that cannot be read."""
+        members: Iterable[str] = ()
+        with contextlib.suppress(BadRecord):
+            members = self._json("json", self["json"][0]) if "json" in self else ()
         return [*self, *(f"json:{member}" for member in members)]
 
     def get(self, name: str, default=None):  # pyright: ignore

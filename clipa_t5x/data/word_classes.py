@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from clipa_t5x.data import text_files
 from clipa_t5x.errors import UserError
 
 # In the order in which words are kept (Li et al., 2023, section 3).
@@ -155,7 +156,7 @@ def read(vocabulary_path: str, vocabulary_size: int) -> np.ndarray:
             f"TEXT_REDUCTION is 'syntax' and {path}, the classes of the vocabulary's words, does "
             f"not exist: {remedy}"
         )
-    table = _parse(epath.Path(path).read_text())
+    table = _parse(text_files.read(path, "table of word classes"))
     if table is None:
         raise UserError(f"{path} is no table of word classes: {remedy} again")
     sizes = {table["vocabulary_size"], len(table["classes"])}
@@ -172,13 +173,14 @@ def read(vocabulary_path: str, vocabulary_size: int) -> np.ndarray:
     return np.asarray(table["classes"], np.int64)
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def _parse(text: bytes) -> dict[str, Any] | None:
     """A table's contents; None where the text is no table."""
     try:
         table = json.loads(text)
         fits = set(table["classes"]) <= set(NAMES.values())
-        fits = fits and {"vocabulary_size", "vocabulary_sha256"} <= table.keys()
-    except (ValueError, TypeError, KeyError):
+        fits = fits and isinstance(table["vocabulary_size"], int)
+        fits = fits and isinstance(table["vocabulary_sha256"], str)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return table if fits else None
 
