@@ -3,6 +3,7 @@
 `clipa_t5x <verb> ...` and `python -m clipa_t5x.<verb> ...` are the same.
 """
 
+import contextlib
 import importlib
 import logging as standard_logging
 import os
@@ -14,12 +15,14 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from clipa_t5x import errors, gin_utils, partitioning
+from clipa_t5x import errors, gin_utils, partitioning, peers, preemption
 
 ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
 GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark")
+# Those that go on where they were.
+RESTARTABLE_VERBS = ("train", "schedule")
 PLAIN_VERBS = {
     "build": "clipa_t5x.data.build",
     "report": "clipa_t5x.report",
@@ -116,6 +119,14 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("process_count", None, "Number of processes.", flag_values=_FLAGS)
 flags.DEFINE_integer("process_index", None, "This process's number.", flag_values=_FLAGS)
+flags.DEFINE_integer(
+    "peer_timeout_seconds",
+    100,
+    "Seconds after the death of one of several processes within which the others end, with the "
+    "status that asks to be started again.",
+    lower_bound=10,
+    flag_values=_FLAGS,
+)
 flags.DEFINE_boolean(
     "multiprocess", False, "Join the processes that the platform announces (TPU pods, SLURM).",
     flag_values=_FLAGS,
@@ -136,29 +147,51 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(verb: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a gin-configured verb and ends the process: status 0, or 2 for a user's mistake."""
-    try:
-        status = one_line_errors(lambda: _run(verb, arguments))
-    except Exception:
-        if jax.distributed.is_initialized():
-            traceback.print_exc()
-            abandon(1)
-        raise
-    if status and jax.distributed.is_initialized():
-        abandon(status)
+    """Runs a gin-configured verb and ends the process.
+
+    Status 0: done. 1: a bug, with its traceback. 2: a user's mistake, in one line.
+    `preemption.RESTART_STATUS`, 75: nothing is wrong with the command, and given again it goes on
+    where it was; see `peers` for another status that means the same.
+    """
+    with contextlib.ExitStack() as stack:
+        if verb in RESTARTABLE_VERBS:
+            stack.enter_context(preemption.signals_end_the_process(_end_on_signal))
+        status = _status(verb, arguments)
+    # All are as far: an ordinary exit waits until every process has left the run.
+    peers.leave()
     sys.exit(status)
 
 
-def abandon(status: int) -> None:
-    """Ends a failed process of several at once.
+def _end_on_signal(name: str) -> None:
+    os.write(2, f"{name}: ending at once, with nothing to save.\n".encode())
+    peers.abandon(preemption.RESTART_STATUS, f"was told to end, by {name},")
 
-    An ordinary exit would wait for the others, which wait in a collective for this one; when it is
-    gone without a word they are told and end, too.
-    """
+
+def _status(verb: str, arguments: Sequence[str] | None) -> int:
+    """Runs a verb; where one of several processes fails alone, it ends here."""
+    try:
+        status = one_line_errors(lambda: _run(verb, arguments))
+    except preemption.PreemptedError as stopped:
+        logging.info("The run %s.", stopped)
+        return preemption.RESTART_STATUS
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            flush()
+            peers.end_if_lost(error, _FLAGS.peer_timeout_seconds)
+            peers.abandon(1, f"failed ({type(error).__name__})")
+        raise
+    if status and jax.distributed.is_initialized():
+        flush()
+        peers.abandon(status, "was given something wrong")
+    return status
+
+
+def flush() -> None:
+    """Shows all that was written, before the process ends without ado."""
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
 
 
 def one_line_errors(call: Callable[[], Any]) -> int:
@@ -237,18 +270,19 @@ def parse_flags(verb: str, arguments: Sequence[str]) -> None:
 
 def start_processes() -> None:
     """Joins a run of several processes where the flags say so."""
-    if _FLAGS.coordinator_address or _FLAGS.multiprocess:
-        keep_cpu_collectives_in_order()
     given = [_FLAGS.coordinator_address, _FLAGS.process_count, _FLAGS.process_index]
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise errors.UserError(
-                "--coordinator_address, --process_count and --process_index go together: give all "
-                "three, or none."
-            )
-        jax.distributed.initialize(*given)
-    elif _FLAGS.multiprocess:
-        jax.distributed.initialize()
+    if all(value is None for value in given) and not _FLAGS.multiprocess:
+        return
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise errors.UserError(
+            "--coordinator_address, --process_count and --process_index go together: give all "
+            "three, or none."
+        )
+    keep_cpu_collectives_in_order()
+    timeout = _FLAGS.peer_timeout_seconds
+    jax.distributed.initialize(*given, heartbeat_timeout_seconds=peers.service_timeout(timeout))
+    preemption.take_back_sigterm()
+    peers.watch(timeout)
 
 
 def keep_cpu_collectives_in_order() -> None:

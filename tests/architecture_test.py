@@ -13,6 +13,7 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
+    | {"preemption", "peers", "watchdog"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
