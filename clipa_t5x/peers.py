@@ -1,21 +1,25 @@
 """The other processes of a run: where one is gone, all end, to be started again.
 
 What waits for a dead process waits for ever, or fails with whatever error the device's network has.
-So every process tells process 0 that it lives, through the coordination service's key-value store,
-and process 0 tells all of them when one no longer does.
+So every process holds a TCP connection to process 0. It breaks when one of its ends dies, for the
+kernel closes it, or when its machine does, for the kernel asks; process 0 then tells all others.
 
 Exit statuses of a run of several processes, for those that outlive another: `RESTART_STATUS`; or
-that of SIGABRT (134, -6) where jax itself sees first that the run is broken, as it does where
-this process's interpreter is stuck. Both mean: start all processes again.
+that of SIGABRT (134, -6) where jax's own service has to find that the run is broken: a process is
+frozen, or never came, or the connections are forbidden. Both mean: start all processes again.
 """
 
+import contextlib
 import ctypes
+import dataclasses
 import os
 import re
+import secrets
+import selectors
 import signal
+import socket
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -24,7 +28,8 @@ from jax._src import distributed  # jax has no public door to its key-value stor
 
 from clipa_t5x.preemption import RESTART_STATUS
 
-_ALIVE, _LOST = "clipa_t5x/peers/alive", "clipa_t5x/peers/lost"
+_MEETING, _LEAVES = "clipa_t5x/peers/meeting", "leaves"
+_CONNECT_SECONDS = 60
 
 # Where all processes fail alike, each has this time to say why before it ends for another's sake.
 _GRACE_SECONDS = 3.0
@@ -35,6 +40,7 @@ _BROKEN = re.compile(
 )
 
 _leaving, _failing = threading.Event(), threading.Event()
+_meeting: "_Host | _Guest | None" = None
 
 
 def service_timeout(timeout_seconds: int) -> int:
@@ -47,18 +53,35 @@ def service_timeout(timeout_seconds: int) -> int:
 
 
 def watch(timeout_seconds: int) -> None:
-    """Ends this process within `timeout_seconds` of the death of another one of the run.
+    """Ends this process when another one of the run dies, within `timeout_seconds`.
 
-    Call once, after `jax.distributed.initialize`. Until `leave`, this process ends in the same way
-    when the coordination service, which lives in process 0, is gone.
+    It takes moments where a process dies, and the timeout where its machine does. To be called
+    once, after `jax.distributed.initialize`.
     """
+    global _meeting
+    client: Any = distributed.global_state.client
     _delay_aborts()
-    threading.Thread(target=_watch, args=(timeout_seconds,), name="peers", daemon=True).start()
+    if distributed.global_state.process_id == 0:
+        _meeting = _Host(timeout_seconds)
+        client.key_value_set(_MEETING, f"{_meeting.port} {_meeting.token}")
+        return
+    port, token = client.blocking_key_value_get(_MEETING, 1000 * _CONNECT_SECONDS).split()
+    host = str(distributed.global_state.coordinator_address).rpartition(":")[0].strip("[]")
+    try:
+        _meeting = _Guest((host, int(port)), token, timeout_seconds)
+    except OSError as error:
+        logging.warning(
+            "Cannot connect to process 0 at %s:%s (%s): a lost process will be seen after up to "
+            "%d s, and end the others by SIGABRT.",
+            host, port, error, service_timeout(timeout_seconds),
+        )  # fmt: skip
 
 
 def leave() -> None:
-    """To be called before an exit in good order: from now on the service may end."""
+    """To be called before an exit in good order: from now on this process is no loss."""
     _leaving.set()
+    if isinstance(_meeting, _Guest):
+        _meeting.send(_LEAVES)
 
 
 def abandon(status: int, why: str) -> NoReturn:
@@ -68,17 +91,11 @@ def abandon(status: int, why: str) -> NoReturn:
 
     Args:
       status: the exit status.
-      why: completes 'process 3 ...'.
+      why: completes 'process 3 ...', in one line.
     """
     _failing.set()
-    if jax.distributed.is_initialized():
-        # In a thread: it must end where the service is gone, too.
-        word = f"process {distributed.global_state.process_id} {why}"
-        thread = threading.Thread(target=_announce, args=(word,), daemon=True)
-        thread.start()
-        thread.join(timeout=_GRACE_SECONDS)
-        if distributed.global_state.service is not None:
-            time.sleep(_GRACE_SECONDS + 1)  # The others can read it for as long as this one lives.
+    if _meeting is not None:
+        _meeting.fail(why)
     os._exit(status)
 
 
@@ -102,74 +119,125 @@ def may_come_from_a_loss(error: BaseException | None) -> bool:
     return False
 
 
-def _interval(timeout_seconds: float) -> float:
-    """Seconds between signs of life."""
-    return min(timeout_seconds / 10, 5.0)
+@dataclasses.dataclass
+class _Member:
+    """What process 0 knows of the other end of a connection: its index, and what it said last."""
+
+    index: int | None = None
+    unread: bytes = b""
+    has_left: bool = False
 
 
-class Liveness:
-    """Which processes show no life, by this process's clock."""
+class _Host:
+    """Process 0's part: it hears of every loss, and passes it on."""
 
-    def __init__(self, num_processes: int, timeout_seconds: float):
-        """Of processes that are lost after `timeout_seconds`, from now on."""
+    def __init__(self, timeout_seconds: int):
+        """Begins to listen, at any port."""
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        self.port, self.token = self._server.getsockname()[1], secrets.token_hex(8)
         self._timeout = timeout_seconds
-        self._signs = [""] * num_processes
-        self._since = [time.monotonic()] * num_processes
+        self._connections: set[socket.socket] = set()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._server, selectors.EVENT_READ)
+        threading.Thread(target=self._run, name="peers", daemon=True).start()
 
-    def lost(self, signs: Mapping[int, str]) -> list[int]:
-        """Indices of those whose sign has been the same, or none, for longer than the timeout."""
-        now = time.monotonic()
-        for index, sign in signs.items():
-            if sign != self._signs[index]:
-                self._signs[index], self._since[index] = sign, now
-        return [index for index, since in enumerate(self._since) if now - since > self._timeout]
+    def fail(self, why: str) -> None:
+        """Tells all that process 0 fails."""
+        self._tell_all(f"process 0 {why}")
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    with contextlib.suppress(OSError):
+                        self._accept()
+                else:
+                    self._read(key.fileobj, key.data)
+
+    def _accept(self) -> None:
+        connection, _ = self._server.accept()
+        _keep_alive(connection, self._timeout)
+        self._selector.register(connection, selectors.EVENT_READ, _Member())
+        self._connections.add(connection)
+
+    def _read(self, connection: Any, member: _Member) -> None:
+        try:
+            data = connection.recv(4096)
+        except OSError:
+            data = b""
+        member.unread += data
+        *lines, member.unread = member.unread.split(b"\n")
+        for line in lines:
+            self._hear(member, line.decode(errors="replace"))
+        is_stranger = member.index is None and bool(lines or len(member.unread) > 64)
+        if not data or is_stranger:
+            self._selector.unregister(connection)
+            self._connections.discard(connection)
+            connection.close()
+            if member.index is not None and not member.has_left:
+                self._lose(f"process {member.index} is gone")
+
+    def _hear(self, member: _Member, line: str) -> None:
+        if member.index is None:
+            token, _, index = line.partition(" ")
+            if token == self.token:
+                member.index = int(index)
+            return
+        member.has_left = True
+        if line != _LEAVES:
+            self._lose(f"process {member.index} {line}", _GRACE_SECONDS)
+
+    def _lose(self, word: str, grace: float = 0.0) -> None:
+        self._tell_all(word)
+        # In a thread: another process may yet have something to say.
+        threading.Thread(target=_end, args=(word, grace), daemon=True).start()
+
+    def _tell_all(self, word: str) -> None:
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{word}\n".encode())
 
 
-def _watch(timeout_seconds: int) -> None:
-    state = distributed.global_state
-    client: Any = state.client
-    interval = _interval(timeout_seconds)
-    # A sign may be an interval old when its sender dies, and is looked at once in an interval.
-    silence = timeout_seconds - 2 * interval - _GRACE_SECONDS
-    liveness, sign = Liveness(state.num_processes, silence), 0
-    try:
-        while not _failing.is_set():
-            sign += 1
-            client.key_value_set(f"{_ALIVE}/{state.process_id}", str(sign), allow_overwrite=True)
-            if state.process_id == 0 and (lost := liveness.lost(_signs(client))):
-                _announce(f"process {lost[0]} has shown no life for {silence:.0f} s")
-            if word := _wait(client, interval):
-                time.sleep(_GRACE_SECONDS)
-                _end(word)
-    except jax.errors.JaxRuntimeError as error:
-        if not _leaving.is_set():
-            _end(f"process 0, where all meet, is gone ({str(error).splitlines()[0]})")
+class _Guest:
+    """The part of every other process."""
+
+    def __init__(self, address: tuple[str, int], token: str, timeout_seconds: int):
+        """Connects.
+
+        Raises:
+          OSError: it cannot.
+        """
+        self._connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
+        self._connection.settimeout(None)
+        _keep_alive(self._connection, timeout_seconds)
+        self.send(f"{token} {distributed.global_state.process_id}")
+        threading.Thread(target=self._run, name="peers", daemon=True).start()
+
+    def fail(self, why: str) -> None:
+        """Tells process 0 that this one fails."""
+        self.send(why)
+
+    def send(self, word: str) -> None:
+        """Tells process 0 a word."""
+        with contextlib.suppress(OSError):
+            self._connection.sendall(f"{word}\n".encode())
+
+    def _run(self) -> None:
+        word = ""
+        with contextlib.suppress(OSError), self._connection.makefile(errors="replace") as lines:
+            word = next((line.strip() for line in lines), "")
+        if word:
+            _end(word, _GRACE_SECONDS)
+        elif not _leaving.is_set():
+            _end("process 0 is gone")
 
 
-def _signs(client: Any) -> dict[int, str]:
-    """The latest sign of life of every process that has given one."""
-    return {int(key.rpartition("/")[2]): sign for key, sign in client.key_value_dir_get(_ALIVE)}
-
-
-def _wait(client: Any, seconds: float) -> str:
-    """What was announced; '' where nothing is within `seconds`."""
-    try:
-        return client.blocking_key_value_get(_LOST, int(1000 * seconds))
-    except jax.errors.JaxRuntimeError as error:
-        if str(error).startswith("DEADLINE_EXCEEDED"):
-            return ""
-        raise
-
-
-def _announce(word: str) -> None:
-    try:
-        distributed.global_state.client.key_value_set(_LOST, word)  # pyright: ignore
-    except jax.errors.JaxRuntimeError:  # Another was faster, or nobody can be told any more.
-        logging.debug("Cannot announce that %s.", word, exc_info=True)
-
-
-def _end(word: str) -> None:
-    if _failing.is_set():  # It ends by itself, and with a status that tells more.
+def _end(word: str, grace: float = 0.0) -> None:
+    """Ends this process for another's sake, unless it fails by itself within the grace."""
+    time.sleep(grace)
+    if _failing.is_set():  # It ends with a status that tells more.
         return
     line = (
         f"error: {word}: this process ends with status {RESTART_STATUS}. Start all processes of "
@@ -180,8 +248,24 @@ def _end(word: str) -> None:
     os._exit(RESTART_STATUS)
 
 
+def _keep_alive(connection: socket.socket, timeout_seconds: int) -> None:
+    """Has the kernel break a connection whose other machine does not answer for so long."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probes = 5
+    interval = max(timeout_seconds // (2 * probes), 1)
+    options = {
+        "TCP_KEEPIDLE": max(timeout_seconds - probes * interval, 1),
+        "TCP_KEEPINTVL": interval,
+        "TCP_KEEPCNT": probes,
+        "TCP_USER_TIMEOUT": 1000 * timeout_seconds,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):  # The last one is Linux's.
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def _delay_aborts() -> None:
-    """Leaves `_watch` a few seconds before jax's client aborts this process.
+    """Leaves this module a few seconds before jax's client aborts the process.
 
     It does so, from native code, in the same moment in which process 0 is gone, and no hook of it
     can be set from Python. What a signal handler may call is `sleep`; its argument is then the
