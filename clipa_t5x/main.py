@@ -3,10 +3,10 @@
 `clipa_t5x <verb> ...` and `python -m clipa_t5x.<verb> ...` are the same.
 """
 
+import contextlib
 import importlib
 import logging as standard_logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from clipa_t5x import (
     gin_utils,
     goodput,
     partitioning,
+    peers,
     preemption,
     processes,
     recipe_changes,
@@ -29,16 +30,13 @@ ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
 GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark")
+# Those that go on where they were.
+RESTARTABLE_VERBS = ("train", "schedule")
 PLAIN_VERBS = {
     "build": "clipa_t5x.data.build",
     "report": "clipa_t5x.report",
     "plan": "clipa_t5x.plan",
 }
-
-# What gloo, NCCL and jax's coordination service say when a process is gone.
-_LOST_PROCESS = re.compile(
-    r"(?i)gloo|nccl|\bpeer|heartbeat|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED"
-)
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string(
@@ -133,8 +131,9 @@ flags.DEFINE_integer("process_index", None, "This process's number.", flag_value
 flags.DEFINE_integer(
     "peer_timeout_seconds",
     100,
-    "Of a run of several processes: how long one may give no sign of life before the others end.",
-    lower_bound=1,
+    "Seconds after the death of one of several processes within which the others end, with the "
+    "status that asks to be started again.",
+    lower_bound=10,
     flag_values=_FLAGS,
 )
 flags.DEFINE_boolean(
@@ -161,50 +160,47 @@ def run(verb: str, arguments: Sequence[str] | None = None) -> None:
 
     Status 0: done. 1: a bug, with its traceback. 2: a user's mistake, in one line.
     `preemption.RESTART_STATUS`, 75: nothing is wrong with the command, and given again it goes on
-    where it was.
+    where it was; see `peers` for another status that means the same.
     """
-    try:
-        status = one_line_errors(lambda: _run(verb, arguments))
-    except preemption.PreemptedError as stopped:
-        logging.info("The run %s.", stopped)
-        # The others are as far: an ordinary exit lets every process leave the run.
-        sys.exit(preemption.RESTART_STATUS)
-    except Exception as error:
-        if jax.distributed.is_initialized():
-            traceback.print_exc()
-            abandon(status_of(error))
-        raise
-    if status and jax.distributed.is_initialized():
-        abandon(status)
+    with contextlib.ExitStack() as stack:
+        if verb in RESTARTABLE_VERBS:
+            stack.enter_context(preemption.signals_end_the_process(_end_on_signal))
+        status = _status(verb, arguments)
+    # All are as far: an ordinary exit waits until every process has left the run.
+    peers.leave()
     sys.exit(status)
 
 
-def status_of(error: Exception) -> int:
-    """Status of a process of several that ends with an unexpected error.
-
-    One that tells of a lost process is no fault of this one: all are to be started again. Libraries
-    give such errors no type of their own, only words.
-    """
-    if not _LOST_PROCESS.search(str(error)):
-        return 1
-    print(
-        "error: another process of this run is lost: see its output for why. Start all of them "
-        "again: the run goes on from its newest whole checkpoint.",
-        file=sys.stderr,
-    )
-    return preemption.RESTART_STATUS
+def _end_on_signal(name: str) -> None:
+    os.write(2, f"{name}: ending at once, with nothing to save.\n".encode())
+    peers.abandon(preemption.RESTART_STATUS, f"was told to end, by {name},")
 
 
-def abandon(status: int) -> None:
-    """Ends a failed process of several at once.
+def _status(verb: str, arguments: Sequence[str] | None) -> int:
+    """Runs a verb; where one of several processes fails alone, it ends here."""
+    try:
+        status = one_line_errors(lambda: _run(verb, arguments))
+    except preemption.PreemptedError as stopped:
+        logging.info("The run %s.", gin_utils.message(stopped))
+        return preemption.RESTART_STATUS
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            flush()
+            peers.end_if_lost(error, _FLAGS.peer_timeout_seconds)
+            peers.abandon(1, f"failed ({type(error).__name__})")
+        raise
+    if status and jax.distributed.is_initialized():
+        flush()
+        peers.abandon(status, "was given something wrong")
+    return status
 
-    An ordinary exit would wait for the others, which wait in a collective for this one; when it is
-    gone without a word they are told and end, too.
-    """
+
+def flush() -> None:
+    """Shows all that was written, before the process ends without ado."""
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
 
 
 def one_line_errors(call: Callable[[], Any]) -> int:
@@ -283,18 +279,19 @@ def parse_flags(verb: str, arguments: Sequence[str]) -> None:
 
 def start_processes() -> None:
     """Joins a run of several processes where the flags say so."""
-    if _FLAGS.coordinator_address or _FLAGS.multiprocess:
-        keep_cpu_collectives_in_order()
     given = [_FLAGS.coordinator_address, _FLAGS.process_count, _FLAGS.process_index]
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise errors.UserError(
-                "--coordinator_address, --process_count and --process_index go together: give all "
-                "three, or none."
-            )
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=_FLAGS.peer_timeout_seconds)
-    elif _FLAGS.multiprocess:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_FLAGS.peer_timeout_seconds)
+    if all(value is None for value in given) and not _FLAGS.multiprocess:
+        return
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise errors.UserError(
+            "--coordinator_address, --process_count and --process_index go together: give all "
+            "three, or none."
+        )
+    keep_cpu_collectives_in_order()
+    timeout = _FLAGS.peer_timeout_seconds
+    jax.distributed.initialize(*given, heartbeat_timeout_seconds=peers.service_timeout(timeout))
+    preemption.take_back_sigterm()
+    peers.watch(timeout)
 
 
 def keep_cpu_collectives_in_order() -> None:

@@ -6,21 +6,27 @@ count, and the checkpoint before it stays whole.
 """
 
 import contextlib
-import ctypes
+import itertools
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from absl import logging
+from jax._src import distributed  # jax has no public door to its key-value store.
 from jax.experimental import multihost_utils
 
 # EX_TEMPFAIL: nothing is wrong with the command, and given again it goes on where it was.
 RESTART_STATUS = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_WAIT_MS = 600_000
+_ROUNDS = itertools.count(1)
 
 
 class PreemptedError(Exception):
@@ -34,36 +40,100 @@ class PreemptedError(Exception):
 class StopRequest:
     """Whether the run is asked to stop; see `stop_requests`."""
 
-    def __init__(self, notify: Callable[[int], None] | None = None):
-        """Of no request yet; `notify` is told of the first signal."""
-        self._notify = notify
-        self._signals, self._polls, self._agreed = 0, 0, False
+    def __init__(self):
+        """Of no request yet. Every process makes its own, as often as the others do."""
+        self._signals = 0
+        self._agreement = _Agreement() if jax.process_count() > 1 else None
 
     def receive(self, signum: int) -> None:
-        """Takes note of a signal; the second one ends the process."""
+        """Takes note of a signal; the second one ends the process with 128 + its number."""
         self._signals += 1
         if self._signals > 1:
             os.write(2, b"Second signal: ending at once.\n")
             os._exit(128 + signum)
-        os.write(
-            2,
-            f"{signal.Signals(signum).name}: the run will finish its step, save, and end with "
-            f"status {RESTART_STATUS}; a second signal ends it at once.\n".encode(),
+        name = signal.Signals(signum).name
+        line = (
+            f"{name}: the run will finish its step, save, and end with status {RESTART_STATUS}; a "
+            "second signal ends it at once.\n"
         )
-        if self._notify is not None:
-            self._notify(signum)
+        os.write(2, line.encode())
+        if self._agreement is not None:
+            self._agreement.tell()
 
     def requested(self) -> bool:
         """Whether to stop now: the same answer on all processes, which ask equally often.
 
         Of several processes one may hear of it earlier: all go on until they have asked as often as
-        the one that is furthest.
+        the one that is furthest. Takes microseconds.
         """
-        if jax.process_count() == 1:
+        if self._agreement is None:
             return self._signals > 0
-        self._polls += 1
-        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._polls)
-        return self._agreed
+        return self._agreement.poll()
+
+
+class _Agreement:
+    """Has all processes stop at the same poll, whichever of them was told to.
+
+    It is reached by threads over the coordination service's key-value store: a process that waits
+    in a collective, compiles or evaluates answers all the same. jax's preemption service works
+    alike, but hears of SIGTERM alone, by a handler of its own that Python's would replace; it is
+    asked, too, for what else the platform may tell it.
+    """
+
+    def __init__(self):
+        self._client: Any = distributed.global_state.client
+        self._key = f"clipa_t5x/stop/{next(_ROUNDS)}"
+        self._lock = threading.Lock()
+        self._polls, self._last_poll = 0, math.inf
+        self._told = False
+        # It serves until the process ends: a peer that lags behind may still ask for the polls of
+        # one that is done.
+        threading.Thread(target=self._run, name="stop", daemon=True).start()
+
+    def tell(self) -> None:
+        """Asks all processes to stop."""
+        self._told = True
+        self._client.key_value_set(f"{self._key}/told", "", allow_overwrite=True)
+
+    def poll(self) -> bool:
+        """Counts; whether all processes have been told and this is where they stop."""
+        with self._lock:
+            self._polls += 1
+        manager = distributed.global_state.preemption_sync_manager
+        if manager is not None and multihost_utils.reached_preemption_sync_point(self._polls):
+            self.tell()
+        with self._lock:
+            return self._polls >= self._last_poll
+
+    def _run(self) -> None:
+        try:
+            while not self._is_told():
+                pass
+            if not self._told:
+                logging.info("Another process was told to stop: all will, at the same step.")
+            self._settle()
+        except jax.errors.JaxRuntimeError:  # The run ends, or loses a process: others see to that.
+            logging.debug("Nobody can be told to stop any more.", exc_info=True)
+
+    def _is_told(self) -> bool:
+        try:
+            self._client.blocking_key_value_get(f"{self._key}/told", _WAIT_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("DEADLINE_EXCEEDED"):
+                raise
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Stops all at the first poll that none has reached; none polls meanwhile."""
+        with self._lock:
+            prefix = f"{self._key}/polls"
+            self._client.key_value_set(f"{prefix}/{jax.process_index()}", str(self._polls))
+            polls = [
+                int(self._client.blocking_key_value_get(f"{prefix}/{i}", _WAIT_MS))
+                for i in range(jax.process_count())
+            ]
+            self._last_poll = max(polls) + 1
 
 
 @contextlib.contextmanager
@@ -72,41 +142,50 @@ def stop_requests() -> Iterator[StopRequest]:
 
     Only the main thread may change what signals do: in another one none are heard.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield StopRequest()
-        return
-    with contextlib.ExitStack() as stack:
-        notify = stack.enter_context(_platform_notice()) if jax.process_count() > 1 else None
-        stop = StopRequest(notify)
-        # In a thread: the main one hears of a signal only when it comes back from what it is in,
-        # such as a compilation of minutes.
-        stack.enter_context(_listening(stop.receive))
-        for signum in SIGNALS:
-            stack.enter_context(_handled(signum))
+    stop = StopRequest()
+    with _heard(stop.receive):
         yield stop
 
 
 @contextlib.contextmanager
-def _platform_notice() -> Iterator[Callable[[int], None]]:
-    """Tells jax's preemption service of a signal, which tells the other processes.
+def signals_end_the_process(end: Callable[[str], Any]) -> Iterator[None]:
+    """Has `end` end the process on a signal, within, where there is nothing to save yet.
 
-    The service has a handler of its own for SIGTERM, in C, that takes the place of any notice by
-    the platform. Python's handler would replace it, so that it is kept and called from there.
+    Args:
+      end: called once with the signal's name, in a thread.
     """
-    c_signal = ctypes.CDLL(None).signal
-    c_signal.restype, c_signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    ignore = 1
-    address = c_signal(signal.SIGTERM, ignore)
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
-    try:
-        yield lambda signum: handler(signal.SIGTERM)
-    finally:
-        c_signal(signal.SIGTERM, address)
+    with _heard(lambda signum: end(signal.Signals(signum).name)):
+        yield
+
+
+def take_back_sigterm() -> None:
+    """Undoes that jax handles SIGTERM, as it does from the time processes join.
+
+    Its handler would make nothing of it but a notice that only `StopRequest` looks at.
+    """
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _heard(receive: Callable[[int], None]) -> Iterator[None]:
+    """Calls `receive` with every one of SIGNALS, in a thread.
+
+    The main thread hears of a signal only when it comes back from what it is in, such as a
+    compilation of minutes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_listening(receive))
+        for signum in SIGNALS:
+            stack.enter_context(_handled(signum))
+        yield
 
 
 @contextlib.contextmanager
 def _listening(receive: Callable[[int], None]) -> Iterator[None]:
-    """Calls `receive` with every signal that Python handles, in a thread."""
+    """Calls `receive` with every signal of SIGNALS that Python handles, in a thread."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -132,11 +211,11 @@ def _handled(signum: int) -> Iterator[None]:
     """Has Python handle a signal, and do nothing: `_listening` hears of it."""
 
     def ignore(signum: int, frame: FrameType | None) -> None:
-        logging.debug("Signal %d.", signum)
+        del signum, frame
 
     before = signal.signal(signum, ignore)
     try:
         yield
     finally:
-        # None: a handler that Python does not know; `_platform_notice` puts it back.
+        # None: a handler of native code, which Python cannot put back.
         signal.signal(signum, signal.SIG_DFL if before is None else before)
