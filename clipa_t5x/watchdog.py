@@ -89,6 +89,7 @@ class Watch:
         self.beat("the start")
         if self._abort:
             _abort_on_sigalrm()
+        self._outlast_the_interpreter()
         self._thread.start()
 
     def stop(self) -> None:
