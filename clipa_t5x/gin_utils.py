@@ -133,7 +133,7 @@ def errors_as_raised() -> Iterator[None]:
         raise errors.UserError(message(error)) from error
 
 
-def message(error: errors.UserError) -> str:
+def message(error: Exception) -> str:
     """The error as it was raised, without the lines that gin appends."""
     return str(error).partition(_GIN_CONTEXT)[0]
 
