@@ -39,8 +39,9 @@ def evaluate(
       train_dataset_cfg: as for `train.train`.
       evaluators: as for `train.train`.
       model_dir: of the run.
-      checkpoint: a MODEL_DIR or one checkpoint's folder; None takes the newest in `model_dir`.
-        Results are written (`metrics.jsonl`, TensorBoard) to the MODEL_DIR that holds it.
+      checkpoint: a MODEL_DIR, one checkpoint's folder, or a file of parameters; None takes the
+        newest in `model_dir`. Results are written (`metrics.jsonl`, TensorBoard) to the MODEL_DIR
+        that holds it, those of a file to `model_dir`, as of step 0.
       **_: the other arguments of `train.train`, which are not used.
 
     Returns:
@@ -57,11 +58,11 @@ def evaluate(
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
     loaded = stage_handover.load_params(checkpoint or model_dir, trainer.abstract_state.params)
-    source, step = loaded.model_dir, loaded.step
+    source, step = loaded.model_dir or model_dir, loaded.step
     logging.info("Evaluating %s after step %d.", source, step)
     writer = metrics.MetricsWriter(source)
     # The gallery is the run's last word: an earlier checkpoint leaves it.
-    gallery_dir = source if step == checkpoints.all_steps(source)[-1] else None
+    gallery_dir = source if step == max(checkpoints.all_steps(source), default=0) else None
     embed = evaluation.embed_functions(trainer, layout)
     results = evaluation.run_evaluators(evaluators, loaded.params, embed, writer, step, gallery_dir)
     writer.close()

@@ -128,8 +128,8 @@ class Recorder:
             logging.warning("Cannot write %s (%s): the run goes on.", self._path, error)
 
     def log_summary(self) -> None:
-        """Logs one line about all of the run's starts so far."""
-        if jax.process_index() != 0:
+        """Logs one line about all starts of the run so far; nothing where this leaves none."""
+        if jax.process_index() != 0 or not self._resumes:
             return
         try:
             lines = wall_time.parse(self._path.read_bytes().decode(errors="replace"))

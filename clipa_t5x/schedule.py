@@ -21,6 +21,7 @@ from clipa_t5x import (
     recipe_changes,
     run_history,
     run_summary,
+    stage_info,
 )
 
 ROOT = "clipa_t5x.schedule.Schedule"
@@ -59,8 +60,7 @@ class Schedule:
 
     def is_completed(self, number: int) -> bool:
         """Whether a stage has been trained to its end."""
-        path = epath.Path(self.stage_dir(number)) / run_history.STAGE_FILE
-        return path.exists() and bool(json.loads(path.read_text()).get("completed"))
+        return stage_info.is_completed(self.stage_dir(number))
 
     def write(self) -> None:
         """Writes `schedule.json`, which names the stages; process 0 only."""

@@ -1,16 +1,20 @@
 """Parameters handed from stage to stage: by name, position tables resized."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from clipa_t5x import checkpoint_folders, checkpoint_writer, checkpoints
 from clipa_t5x.errors import UserError
+from clipa_t5x.weights import array_files, parameter_files
 
 
 class Loaded(NamedTuple):
@@ -19,30 +23,78 @@ class Loaded(NamedTuple):
     Attributes:
       params: laid out as was asked for.
       notes: one line for each that was resized.
-      model_dir: that holds the checkpoint.
-      step: of the checkpoint.
+      model_dir: that holds the checkpoint; None where they come from a file.
+      step: of the checkpoint, 0 of a file.
     """
 
     params: Any
     notes: list[str]
-    model_dir: str
+    model_dir: str | None
     step: int
 
 
+class Source(Protocol):
+    """What parameters are read from."""
+
+    @property
+    def path(self) -> str:
+        """Where it is, for people."""
+        ...
+
+    @property
+    def saved(self) -> Mapping[str, Any]:
+        """By parameter name, what has its shape; no array is read."""
+        ...
+
+    def restore(self, request: Any) -> Any:
+        """Reads a tree of `jax.ShapeDtypeStruct` with shardings, of `saved`'s names and shapes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A `Source`: the parameters of a checkpoint's folder."""
+
+    path: str
+    saved: Mapping[str, jax.ShapeDtypeStruct]
+
+    def restore(self, request: Any) -> Any:
+        """See `Source`."""
+        request = {"params": request}
+        return checkpoint_writer.state_handler().restore(
+            epath.Path(self.path) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=request,  # pyright: ignore[reportCallIssue]
+                restore_args=ocp.checkpoint_utils.construct_restore_args(request),  # pyright: ignore[reportCallIssue]
+                partial_restore=True,  # pyright: ignore[reportCallIssue]
+            ),
+        )["params"]
+
+
 def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) -> Loaded:
-    """Parameters of a checkpoint by name, laid out as `abstract_params`.
+    """Parameters by name, laid out as `abstract_params`.
 
     Args:
-      path: see `checkpoints.locate`.
+      path: a checkpoint, see `checkpoints.locate`, or a `.npz` or `.safetensors` file of arrays
+        under the names that parameters have here.
       abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
       resized: names whose first dimension is interpolated where it differs.
 
     Raises:
       UserError: there is no checkpoint, it is damaged, or names or shapes differ beyond `resized`.
     """
+    if array_files.is_file(path):
+        with parameter_files.open_parameters(path) as file:
+            return Loaded(*_load(file, abstract_params, resized), model_dir=None, step=0)
     model_dir, step = checkpoints.locate(path)
-    saved = checkpoints.saved_params(model_dir, step)
-    wanted = checkpoints.flatten(abstract_params)
+    folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
+    source = Checkpoint(folder, checkpoints.saved_params(model_dir, step))
+    return Loaded(*_load(source, abstract_params, resized), model_dir, step)
+
+
+def _load(source: Source, abstract_params: Any, resized: Sequence[str]) -> tuple[Any, list[str]]:
+    """(parameters, notes) of `Loaded`."""
+    saved, wanted = source.saved, checkpoints.flatten(abstract_params)
     changed = {
         name
         for name in resized
@@ -53,7 +105,7 @@ def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) ->
     checkpoints.check_same_parameters(
         {k: v for k, v in saved.items() if k not in changed},
         {k: v for k, v in wanted.items() if k not in changed},
-        f"{model_dir}/{checkpoints.PREFIX}_{step}",
+        source.path,
         "Give a checkpoint of this model (INITIAL_CHECKPOINT_PATH, --checkpoint).",
     )
 
@@ -65,16 +117,7 @@ def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) ->
             sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
-    request = {"params": jax.tree_util.tree_map_with_path(as_saved, abstract_params)}
-    restored = checkpoint_writer.state_handler().restore(
-        checkpoint_folders.folder_of(model_dir, step) / "state",
-        args=ocp.args.PyTreeRestore(
-            item=request,  # pyright: ignore[reportCallIssue]
-            restore_args=ocp.checkpoint_utils.construct_restore_args(request),  # pyright: ignore[reportCallIssue]
-            partial_restore=True,  # pyright: ignore[reportCallIssue]
-        ),
-    )["params"]
-
+    restored = source.restore(jax.tree_util.tree_map_with_path(as_saved, abstract_params))
     notes = []
 
     def fit(path: Any, leaf: jax.Array, target: Any) -> jax.Array:
@@ -86,8 +129,7 @@ def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) ->
         resize_to = jax.jit(resize, static_argnums=1, out_shardings=target.sharding)
         return resize_to(leaf, target.shape[0])
 
-    params = jax.tree_util.tree_map_with_path(fit, restored, abstract_params)
-    return Loaded(params, notes, model_dir, step)
+    return jax.tree_util.tree_map_with_path(fit, restored, abstract_params), notes
 
 
 def resize_positions(table: jax.Array, length: int) -> jax.Array:

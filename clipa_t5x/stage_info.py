@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from clipa_t5x import checkpoints, model_info, models
+from clipa_t5x import checkpoints, model_info, models, run_history
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.towers import token_reduction
 
@@ -72,3 +72,9 @@ class StageInfo:
         if jax.process_index() == 0:
             record = {**dataclasses.asdict(self), "completed": completed}
             (epath.Path(model_dir) / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def is_completed(model_dir: str) -> bool:
+    """Whether a run has been trained to its end, its evaluation included."""
+    path = epath.Path(model_dir) / run_history.STAGE_FILE
+    return path.exists() and bool(json.loads(path.read_text()).get("completed"))

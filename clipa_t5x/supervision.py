@@ -49,5 +49,7 @@ def supervised(model_dir: str, watchdog_cfg: watchdog.Watchdog) -> Iterator[Supe
         stop = stack.enter_context(preemption.stop_requests())
         watch = stack.enter_context(watchdog_cfg.watching(model_dir))
         check_lease = stack.enter_context(lease.held(model_dir))
-        recorder = stack.enter_context(contextlib.closing(goodput.Recorder(model_dir)))
+        recorder = goodput.Recorder(model_dir)
+        stack.callback(recorder.log_summary)
+        stack.callback(recorder.close)
         yield Supervisor(stop, watch, check_lease, recorder)

@@ -79,12 +79,12 @@ def train(
       UserError: something given does not fit together; see its message.
       PreemptedError: the run was asked to stop; everything is saved.
     """
-    counts = {"TRAIN_STEPS": total_steps, "EVAL_PERIOD": eval_period, "LOG_PERIOD": stats_period}
-    check_arguments(model_dir, counts, checkpoint_cfg.save, random_seed)
-    batch_spec = train_dataset_cfg.batch_spec()
+    periods = train_loop.Periods(total_steps, eval_period, stats_period)
+    check_arguments(model_dir, checkpoint_cfg.save, random_seed)
+    spec = train_dataset_cfg.batch_spec()
     trainer = trainer_cls(
-        model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=batch_spec
-    )
+        model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=spec
+    )  # fmt: skip
     check_data(model, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
@@ -96,47 +96,35 @@ def train(
             random_seed,
         )  # fmt: skip
         start = start_over()
-        if is_finished(start, total_steps, model_dir):
-            info.write(model_dir, completed=True)
+        if is_finished(start, total_steps, info, model_dir):
             return start.state
         checkpointer.check_space(trainer.abstract_state, start.step, total_steps)
-        writer = metrics.MetricsWriter(model_dir)
-        # Only now: a start that is refused leaves what an earlier one wrote.
-        summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
-        write_model_info(model_dir, trainer, partitioner, batch_spec, info)
-        absorb_lost_devices(trainer, start)
-        logging.info("Training steps %d to %d in %s.", start.step + 1, total_steps, model_dir)
+        writer = start_writing(model_dir, summarize_config_fn, trainer, partitioner, info)
         layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+        evaluate = evaluation.Evaluation(
+            trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir,
+            supervisor.before_batch,
+        )  # fmt: skip
         loop = train_loop.TrainLoop(
-            train_step=compile_train_step(trainer, supervisor),
+            train_step=compile_train_step(trainer, start, supervisor),
             dataset_cfg=train_dataset_cfg,
             layout=layout,
             checkpointer=checkpointer,
-            evaluate=evaluation.Evaluation(
-                trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir,
-                supervisor.before_batch,
-            ),
+            evaluate=evaluate,
             progress=train_loop.Progress(writer, info, supervisor, trainer.bad_numbers),
             supervisor=supervisor,
             start_over=start_over,
-            total_steps=total_steps,
-            eval_period=eval_period,
-            stats_period=stats_period,
+            periods=periods,
             rows_at_once=trainer.rows_at_once,
         )  # fmt: skip
         with contextlib.closing(writer):
-            try:
-                state = loop.run(start)
-            finally:
-                supervisor.recorder.close()
-                supervisor.recorder.log_summary()
+            state = loop.run(start)
         info.write(model_dir, completed=True)
     return state
 
 
 def check_arguments(
     model_dir: str,
-    counts: Mapping[str, int],
     save_cfg: checkpoints.SaveCheckpointConfig,
     random_seed: int,
 ) -> None:
@@ -149,27 +137,28 @@ def check_arguments(
         raise UserError("MODEL_DIR is empty: add --gin.MODEL_DIR=\"'runs/mine'\" to the command.")
     if epath.Path(model_dir).is_file():
         raise UserError(f"MODEL_DIR {model_dir} is a file: name a folder, existing or not.")
-    for name, value in counts.items():
-        check_number(name, value, minimum=1, whole=True)
     save_cfg.check()
     check_number("RANDOM_SEED", random_seed, minimum=0, whole=True)
 
 
 def compile_train_step(
-    trainer: trainer_lib.Trainer, supervisor: supervision.Supervisor
+    trainer: trainer_lib.Trainer, start: train_loop.Start, supervisor: supervision.Supervisor
 ) -> Callable[..., Any]:
     """Compiles, tells how long it took, and waits until every process is as far."""
-    start = time.perf_counter()
+    absorb_lost_devices(trainer, start)
+    begun = time.perf_counter()
     with supervisor.recorder.phase("compile"):
         train_step = trainer.compiled_train_step
-        logging.info("Compiled the train step in %.1f s.", time.perf_counter() - start)
+        logging.info("Compiled the train step in %.1f s.", time.perf_counter() - begun)
         checkpoints.wait_for_all_processes("train_step_compiled")
     supervisor.watchdog.beat("compiling the train step")
     return train_step
 
 
-def is_finished(start: train_loop.Start, total_steps: int, model_dir: str) -> bool:
-    """Whether a run has all its steps, and all that comes after them.
+def is_finished(
+    start: train_loop.Start, total_steps: int, info: stage_info.StageInfo, model_dir: str
+) -> bool:
+    """Whether a run has all its steps, and all that comes after them; writes it down if so.
 
     Raises:
       UserError: it has more steps than are asked for.
@@ -180,9 +169,12 @@ def is_finished(start: train_loop.Start, total_steps: int, model_dir: str) -> bo
             f"{start.step}. TRAIN_STEPS counts all of a run's steps: raise it (with "
             "--accept_recipe_changes), or change MODEL_DIR."
         )
-    if start.step < total_steps or start.evaluation_due:
+    # A checkpoint goes on saying that its evaluation is due, after it was made up for.
+    evaluated = not start.evaluation_due or stage_info.is_completed(model_dir)
+    if start.step < total_steps or not evaluated:
         return False
     logging.info("%s has all its %d steps: nothing to do.", model_dir, total_steps)
+    info.write(model_dir, completed=True)
     return True
 
 
@@ -243,26 +235,32 @@ def starting_point(
     return train_loop.Start(trainer.init_state(seed))
 
 
-def write_model_info(
+def start_writing(
     model_dir: str,
+    summarize_config_fn: Callable[..., None],
     trainer: trainer_lib.Trainer,
     partitioner: partitioning.PjitPartitioner,
-    batch_spec: Mapping[str, jax.ShapeDtypeStruct],
     info: stage_info.StageInfo,
-) -> None:
-    """Writes `model-info.txt` and `stage.json`; process 0 only."""
+) -> metrics.MetricsWriter:
+    """Writes what the run is: configuration, `model-info.txt`, `stage.json`; process 0 only.
+
+    Only when nothing can be refused any more: such a start leaves what an earlier one wrote.
+    """
+    writer = metrics.MetricsWriter(model_dir)
+    summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
     info.write(model_dir, completed=False)
     if jax.process_index() == 0:
         text = model_info.describe(
             trainer.abstract_state,
             partitioner.logical_axes(trainer.boxed_params),
-            batch_spec,
+            trainer.abstract_batch,
             partitioner,
             trainer.mesh,
         )
         (epath.Path(model_dir) / "model-info.txt").write_text(text)
         logging.info("Model: %s parameters; see %s/model-info.txt.", f"{info.num_params:,}",
                      model_dir)  # fmt: skip
+    return writer
 
 
 def describe(

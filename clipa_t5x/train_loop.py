@@ -25,7 +25,7 @@ from clipa_t5x import (
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
-from clipa_t5x.errors import UnsavableError
+from clipa_t5x.errors import UnsavableError, check_number
 
 
 class Batches(Protocol):
@@ -56,6 +56,31 @@ def training_steps(
         state, step_metrics = train_step(state, batch)
         clock.dispatched(step, step_metrics)
         yield step, state, step_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Periods:
+    """How long, and how often; all in steps.
+
+    Attributes:
+      total: absolute, those of earlier starts included.
+      evaluation: between evaluations; the last step is evaluated, too.
+      log: between lines of metrics; each is the mean over these steps.
+    """
+
+    total: int
+    evaluation: int
+    log: int
+
+    def __post_init__(self) -> None:
+        """Refuses what is none.
+
+        Raises:
+          UserError: names the setting.
+        """
+        named = {"TRAIN_STEPS": self.total, "EVAL_PERIOD": self.evaluation, "LOG_PERIOD": self.log}
+        for name, value in named.items():
+            check_number(name, value, minimum=1, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +207,7 @@ class TrainLoop:
       progress: its metrics.
       supervisor: what watches over it.
       start_over: finds where to go on from when the run must go back.
-      total_steps: absolute, those of earlier starts included.
-      eval_period: steps between evaluations; the last step is evaluated, too.
-      stats_period: steps between lines of metrics.
+      periods: how long, and how often.
       rows_at_once: see `Start`.
     """
 
@@ -196,9 +219,7 @@ class TrainLoop:
     progress: Progress
     supervisor: supervision.Supervisor
     start_over: Callable[[], Start]
-    total_steps: int
-    eval_period: int
-    stats_period: int
+    periods: Periods
     rows_at_once: int
 
     def __post_init__(self) -> None:
@@ -212,6 +233,7 @@ class TrainLoop:
           PreemptedError: the run was asked to stop; its state is saved.
           BadNumbersError: it diverged; nothing of that is saved.
         """
+        logging.info("Training steps %d to %d.", start.step + 1, self.periods.total)
         with contextlib.closing(self.progress.clock), self.supervisor.recorder.phase("step"):
             try:
                 state = self._run_with_rewinds(start)
@@ -252,7 +274,7 @@ class TrainLoop:
         if start.evaluation_due:
             self._evaluate_again(step, state)
         batches = input_pipeline.TrainIterator(self.dataset_cfg, self.layout, start.position)
-        steps = range(step + 1, self.total_steps + 1)
+        steps = range(step + 1, self.periods.total + 1)
         updates = training_steps(state, self.train_step, batches, self.progress.clock, steps)
         with contextlib.closing(batches):
             try:
@@ -267,17 +289,17 @@ class TrainLoop:
 
     def _finish_step(self, step: int, state: Any, batches: Any, rewinds: int) -> None:
         """Logs, evaluates and saves what is due after `step` updates."""
-        is_last = step == self.total_steps
+        is_last = step == self.periods.total
         stopping, results = self.supervisor.stop.requested(), {}
-        if stopping or is_last or step % self.stats_period == 0:
+        if stopping or is_last or step % self.periods.log == 0:
             self.progress.log(step, batches.statistics())
-        self._evaluation_due = is_last or step % self.eval_period == 0
+        self._evaluation_due = is_last or step % self.periods.evaluation == 0
         if self._evaluation_due and not stopping:
             try:
                 results = self._evaluate(step, state)
             except supervision.StopRequestedError:
                 stopping = True
-        if stopping or self.checkpointer.is_due(step, self.total_steps):
+        if stopping or self.checkpointer.is_due(step, self.periods.total):
             self._save(step, state, batches, rewinds, results)
         if stopping:
             self.checkpointer.close()
@@ -285,7 +307,7 @@ class TrainLoop:
 
     def _evaluate(self, step: int, state: train_state.TrainState) -> dict[str, float]:
         with self.progress.timer.paused(), self.supervisor.recorder.phase("evaluation"):
-            results = self.evaluate(step, state.params, step == self.total_steps)
+            results = self.evaluate(step, state.params, step == self.periods.total)
         self._evaluation_due = False
         return results
 

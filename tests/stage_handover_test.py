@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from saved_runs import assert_same, filled, one_line_error, save
 
 from clipa_t5x import checkpoints, stage_handover
+from clipa_t5x.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,28 @@ def test_a_new_stage_begins_with_a_fresh_optimizer(saved, state, trainer):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(fresh.opt_state))
     assert int(fresh.step) == 0
     assert_same(fresh.params, state.params)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_parameters_come_from_a_file_as_from_a_checkpoint(tmp_path, make_trainer, suffix):
+    """Under their names, resized where that is declared, and no others."""
+    old, new = make_trainer(), make_trainer(length=12)
+    params = filled(old).params
+    arrays = {f"params/{k}": np.asarray(v) for k, v in checkpoints.flatten(params).items()}
+    path = str(tmp_path / f"weights.{suffix}")
+    if suffix == "npz":
+        np.savez(path, step=np.int32(3), **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, path)
+    loaded = stage_handover.load_params(path, old.abstract_state.params)
+    assert (loaded.model_dir, loaded.step, loaded.notes) == (None, 0, [])
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    for x, wanted in zip(
+        jax.tree.leaves(loaded.params), jax.tree.leaves(old.abstract_state.params), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+    resized = checkpoints.RestoreCheckpointConfig().resized
+    longer = stage_handover.load_params(path, new.abstract_state.params, resized)
+    assert longer.params["text_tower"]["position_embedding"].shape[0] == 12
+    with pytest.raises(UserError, match="weights.* is of a different model: 1 parameters differ"):
+        stage_handover.load_params(path, new.abstract_state.params)

@@ -67,7 +67,7 @@ class Run:
     def __init__(self, bound, cfg, model_dir, **kwargs):
         self.bound, self.cfg, self.model_dir, self.events = bound, cfg, model_dir, []
         self.train_step = self.supervisor = None
-        self.options = {"total_steps": STEPS, "eval_period": 3, "stats_period": 2, **kwargs}
+        self.periods = train_loop.Periods(**{"total": STEPS, "evaluation": 3, "log": 2, **kwargs})
 
     def evaluate(self, supervisor, step, params, last):
         self.events.append(f"evaluate {step}{' last' if last else ''}")
@@ -100,7 +100,7 @@ class Run:
                 supervisor=supervisor,
                 start_over=lambda: self.starting_point(checkpointer),
                 rows_at_once=self.bound.rows_at_once,
-                **self.options,
+                periods=self.periods,
             )
             return loop.run(start)
 
@@ -187,7 +187,7 @@ def test_an_evaluation_that_is_stopped_is_made_up_for(make_run):
 
 
 def test_an_evaluation_that_is_stopped_after_the_last_step_is_made_up_for(make_run):
-    run = make_run(eval_period=STEPS)
+    run = make_run(evaluation=STEPS)
 
     def evaluate(supervisor, step, params, last):
         assert last
@@ -255,7 +255,7 @@ def make_guarded(make_trainer, fifth_key):
 
 
 def test_a_diverged_run_ends_and_saves_nothing_of_it(make_guarded, cfg, tmp_path):
-    run = Run(make_guarded("raise"), cfg, tmp_path, eval_period=100, stats_period=100)
+    run = Run(make_guarded("raise"), cfg, tmp_path, evaluation=100, log=100)
     with pytest.raises(bad_numbers.BadNumbersError, match="the loss is nan at step 5"):
         run.start()
     assert run.events == ["save 2", "save 4"]
@@ -278,12 +278,12 @@ def test_a_skipped_update_is_counted_and_training_goes_on(make_guarded, cfg, tmp
 
 def test_a_rewound_run_leaves_out_the_bad_data(make_guarded, make_trainer, cfg, tmp_path):
     """It goes on from step 4 with the sixth batch of data, and is what a run on those would be."""
-    run = Run(make_guarded("rewind"), cfg, tmp_path / "rewound", stats_period=6)
+    run = Run(make_guarded("rewind"), cfg, tmp_path / "rewound", log=6)
     state = run.start()
     assert int(state.step) == STEPS and int(state.guard.skipped) == 0
     assert [event for event in run.events if "save" in event] == ["save 2", "save 4", "save 6"]
     # A run that was killed right after the rewind comes to the same.
-    killed = Run(make_guarded("rewind"), cfg, tmp_path / "killed", stats_period=6)
+    killed = Run(make_guarded("rewind"), cfg, tmp_path / "killed", log=6)
     killed.model_dir.mkdir()
     shutil.copytree(run.model_dir / "checkpoint_4", killed.model_dir / "checkpoint_4")
     assert_same(killed.start(), state)
@@ -298,7 +298,7 @@ def test_a_rewound_run_leaves_out_the_bad_data(make_guarded, make_trainer, cfg, 
 
 
 def test_a_rewind_with_no_checkpoint_starts_over(make_guarded, cfg, tmp_path):
-    run = Run(make_guarded("rewind"), cfg, tmp_path, stats_period=6)
+    run = Run(make_guarded("rewind"), cfg, tmp_path, log=6)
     state = run.start(period=None)
     assert int(state.step) == STEPS
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
