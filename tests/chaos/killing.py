@@ -17,6 +17,8 @@ from typing import Any
 
 import experiments
 
+from clipa_t5x import checkpoint_manifest
+
 _POLL_SECONDS = 0.01
 
 
@@ -65,7 +67,7 @@ def _records(path: pathlib.Path) -> Iterator[dict]:
 
 
 def _is_being_written(checkpoint: pathlib.Path) -> bool:
-    return "tmp" in checkpoint.name or not (checkpoint / "manifest.json").exists()
+    return "tmp" in checkpoint.name or not (checkpoint / checkpoint_manifest.FILE).exists()
 
 
 MOMENTS = {

@@ -1,0 +1,142 @@
+"""What kills cost a run: `python benchmarks/survival.py [--kills=100 ...]`.
+
+Trains the quickstart's model for some steps, again and again, kills it at random moments (by
+SIGKILL: while it starts, in a step, a save, an evaluation, while a stage takes over), starts it
+again, and compares its last checkpoints with those of a run that nobody disturbed. Likewise with
+one of two processes, with saves only, and with checkpoints whose files are damaged.
+"""
+
+import argparse
+import collections
+import pathlib
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
+
+import experiments
+import numpy as np
+from chaos import damage, killing
+
+from clipa_t5x import checkpoint_folders
+from clipa_t5x.data import build
+
+STEPS, PERIOD = 60, 10
+
+
+class Case:
+    """Runs of one command in folders of their own, and what an undisturbed one comes to."""
+
+    def __init__(self, workspace: pathlib.Path, name: str, num_processes: int = 1, stages: int = 2):
+        """Trains undisturbed."""
+        self._workspace, self._name, self._num_processes = workspace, name, num_processes
+        self._stages, self._count = stages, 0
+        whole = self.make()
+        start = time.perf_counter()
+        whole.finish()
+        print(f"{name}: undisturbed in {time.perf_counter() - start:.0f} s", flush=True)
+        self._end = self._ends(whole)
+
+    def make(self) -> killing.Run:
+        """A run in a new folder."""
+        self._count += 1
+        model_dir = self._workspace / f"{self._name}{self._count}"
+        gin = str(experiments.GIN)
+        stages = [f"{gin}/shapes_stage{i + 1}.gin" for i in range(self._stages)]
+        bindings = [
+            f"MODEL_DIR = {str(model_dir)!r}", f"STAGES = {stages!r}", f"TRAIN_STEPS = {STEPS}",
+            f"CHECKPOINT_PERIOD = {PERIOD}", f"EVAL_PERIOD = {STEPS // 2}", "LOG_PERIOD = 1",
+            "WARMUP_STEPS = 5", "EVAL_EXAMPLES = 256",
+        ]  # fmt: skip
+        command = experiments.command(
+            "schedule",
+            f"--gin_file={gin}/shapes.gin",
+            "--peer_timeout_seconds=30",
+            *(f"--gin_bindings={binding}" for binding in bindings),
+        )
+        return killing.Run(command, model_dir, str(self._workspace), self._num_processes)
+
+    def _ends(self, run: killing.Run) -> list[dict[str, np.ndarray]]:
+        stages = [run.model_dir / f"stage{i + 1}" for i in range(self._stages)]
+        return [experiments.saved_state(str(stage), STEPS) for stage in stages]
+
+    def differs(self, run: killing.Run) -> bool:
+        """Whether any array of any stage's last checkpoint is not that of the undisturbed run."""
+        pairs = zip(self._ends(run), self._end, strict=True)
+        return any(
+            a.keys() != b.keys() or any(not np.array_equal(a[name], b[name]) for name in a)
+            for a, b in pairs
+        )
+
+    def survive(self, moments: tuple[str, ...], kills: int, rng: random.Random) -> None:
+        """Kills that many times, over as many runs as it takes, and prints what came of it."""
+        seen, runs, different = [], 0, 0
+        begun = time.perf_counter()
+        while len(seen) < kills:
+            run = self.make()
+            seen += run.survive(moments, kills - len(seen), rng)
+            runs, different = runs + 1, different + self.differs(run)
+            shutil.rmtree(run.model_dir)
+            eta = (time.perf_counter() - begun) * (kills / max(len(seen), 1) - 1)
+            print(f"{len(seen)}/{kills} kills, ETA {eta / 60:.0f} min", file=sys.stderr)
+        redone = [kill.redone for kill in seen if kill.redone is not None]
+        moments_seen = dict(collections.Counter(kill.moment for kill in seen))
+        print(f"{self._name}, {len(seen)} kills {moments_seen} in {runs} runs of {self._stages} x "
+              f"{STEPS} steps: {different} of {runs} ends differ")  # fmt: skip
+        print(f"  steps done again after a kill: median {statistics.median(redone)}, at most "
+              f"{max(redone)}; a checkpoint every {PERIOD}; more than that: "
+              f"{sum(n > PERIOD for n in redone)}", flush=True)  # fmt: skip
+        if self._num_processes > 1:
+            statuses = collections.Counter(s for kill in seen for s in kill.statuses if s != -9)
+            print(f"  survivors' statuses {dict(statuses)}, at most "
+                  f"{max(kill.seconds for kill in seen):.1f} s after the kill")  # fmt: skip
+
+
+def damaged(workspace: pathlib.Path, trials: int, rng: random.Random) -> None:
+    """Damages the newest checkpoint of a real run and looks which one would be used."""
+    [*_, run] = sorted(workspace.glob("*/stage1"))
+    steps = checkpoint_folders.complete_steps(str(run))
+    newest, before = steps[-1], steps[-2]
+    outcomes: collections.Counter[str] = collections.Counter()
+    for _ in range(trials):
+        copy = workspace / "damaged"
+        shutil.copytree(run / f"checkpoint_{newest}", copy / f"checkpoint_{newest}")
+        shutil.copytree(run / f"checkpoint_{before}", copy / f"checkpoint_{before}")
+        damage.damage(copy / f"checkpoint_{newest}", rng, (damage.flip_a_bit, damage.truncate))
+        step, damages = checkpoint_folders.newest_whole(str(copy), [before, newest])
+        found = list(damages) == [newest]
+        outcomes["found, the one before used" if found and step == before else "missed"] += 1
+        shutil.rmtree(copy)
+    print(f"damage: {trials} bits flipped and files cut: {dict(outcomes)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="of one process, at any moment")
+    parser.add_argument("--process_kills", type=int, default=20, help="of one of two processes")
+    parser.add_argument("--save_kills", type=int, default=50, help="within saves")
+    parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = pathlib.Path(folder)
+        build.main(["shapes", f"--output_dir={workspace}/data/shapes"])
+        one = Case(workspace, "one process")
+        if args.damages:
+            damaged(workspace, args.damages, rng)
+        if args.save_kills:
+            one.survive(("save",), args.save_kills, rng)
+        if args.kills:
+            one.survive(tuple(killing.MOMENTS), args.kills, rng)
+        if args.process_kills:
+            two = Case(workspace, "two processes", num_processes=2, stages=1)
+            two.survive(("start", "step", "save", "evaluation"), args.process_kills, rng)
+
+
+if __name__ == "__main__":
+    main()
