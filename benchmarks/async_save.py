@@ -116,8 +116,8 @@ def main():
         checkpointer.close()
         busy, free = (statistics.median(seconds[kind]) for kind in ("with", "without"))
         print(f"step: {free:.3f} s; with a save under way {busy:.3f} s; ratio of medians "
-              f"{busy / free:.3f} (of {len(seconds['without'])} and {len(seconds['with'])} steps of "
-              "one run)")  # fmt: skip
+              f"{busy / free:.3f} (of {len(seconds['without'])} and {len(seconds['with'])} steps)"
+              )  # fmt: skip
         print(f"the call of save: {statistics.median(seconds['call']):.3f} s of these")
         measure_restoring(bound, model_dir)
     finally:
