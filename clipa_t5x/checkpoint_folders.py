@@ -134,9 +134,9 @@ def set_aside(folder: epath.Path, why: str) -> str:
       What became of it, as part of a sentence.
     """
     if checkpoint_manifest.is_remote(folder):  # Renaming would copy all of it.
+        (folder / _UNFINISHED).touch()
         (folder / checkpoint_manifest.FILE).unlink(missing_ok=True)
-        (folder / _ORBAX_COMMIT).unlink(missing_ok=True)
-        return "its manifest was removed"
+        return "it will be removed"
     aside = folder.with_name(f"{folder.name}.{why}-{time.time_ns()}")
     folder.rename(aside)
     return f"it is now {aside.name}"

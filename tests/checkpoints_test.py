@@ -18,7 +18,7 @@ from saved_runs import (
     small_state,
 )
 
-from clipa_t5x import checkpoints, optimizers, schedules, train_state
+from clipa_t5x import checkpoint_manifest, checkpoints, optimizers, schedules, train_state
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,21 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
     checkpointer.close()
     assert checkpoints.all_steps(str(tmp_path)) == [4, 8]
     assert_same(restore(tmp_path, abstract(newer))[0], newer)
+
+
+def test_a_damaged_checkpoint_in_an_object_store(tmp_path, monkeypatch):
+    """Renaming a folder would copy it there: it is marked, and its step is saved in its place."""
+    monkeypatch.setattr(checkpoint_manifest, "is_remote", lambda _: True)
+    save(tmp_path, small_state(), 4, 8)
+    no_data(tmp_path / "checkpoint_8")
+    checkpointer = checkpoints.Checkpointer(str(tmp_path), checkpoints.SaveCheckpointConfig())
+    assert checkpointer.restore(abstract(small_state())).step == 4
+    assert checkpoints.all_steps(str(tmp_path)) == [4]
+    newer = small_state(seed=1)
+    checkpointer.save(8, newer, DATA)
+    checkpointer.close()
+    assert_same(restore(tmp_path, abstract(newer))[0], newer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_4", "checkpoint_8"]
 
 
 def test_random_damage_is_never_restored(tmp_path):
