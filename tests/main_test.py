@@ -1,11 +1,15 @@
+import pathlib
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import experiments
 import pytest
 
-from clipa_t5x import errors, main
+from clipa_t5x import errors, main, preemption
 
 STAGE1 = f"--gin_file={experiments.GIN}/digits_stage1.gin"
 
@@ -83,3 +87,54 @@ def test_dry_run_prints_the_table_and_needs_no_model_dir(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "mesh: replica=1, data=4, model=2 (8 devices)" in out
     assert "image_tower/encoder/layers_0/mlp/fc1/kernel" in out
+
+
+def _handles_sigterm(pid):
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (signal.SIGTERM - 1) & 1
+
+
+@pytest.mark.parametrize("signum", preemption.SIGNALS)
+def test_a_signal_before_training_asks_to_be_started_again(signum, tmp_path):
+    process = subprocess.Popen(
+        experiments.command("train", STAGE1, f"--gin.MODEL_DIR='{tmp_path}/run'"),
+        cwd=experiments.REPOSITORY, env=experiments.environment(1), text=True,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while process.poll() is None and not _handles_sigterm(process.pid):
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == preemption.RESTART_STATUS, err[-4000:]
+    assert f"{signal.Signals(signum).name}: ending at once, with nothing to save." in err
+
+
+def test_one_process_s_mistake_ends_the_others_to_be_started_again(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    commands = [
+        experiments.command(
+            "train", STAGE1, f"--gin.MODEL_DIR={model_dir}",
+            f"--coordinator_address={address}", "--process_count=2", f"--process_index={index}",
+        )
+        for index, model_dir in enumerate((f"'{tmp_path}/run'", "unquoted"))
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command, cwd=experiments.REPOSITORY, env=experiments.environment(1), text=True,
+            stderr=subprocess.PIPE,
+        )
+        for command in commands
+    ]  # fmt: skip
+    errs = [process.communicate(timeout=90)[1] for process in processes]
+    statuses = [process.returncode for process in processes]
+    assert statuses == [preemption.RESTART_STATUS, 2], errs
+    assert "error: process 1 was given something wrong" in errs[0]
+
+
+def test_a_death_of_peers_is_no_shorter_than_can_be_told(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main.run("train", [STAGE1, "--peer_timeout_seconds=1"])
+    assert exit_.value.code == 2
+    assert "peer_timeout_seconds" in capsys.readouterr().err

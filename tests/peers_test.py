@@ -44,8 +44,15 @@ never.acquire()
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("code", [IN_COLLECTIVES, IN_A_LOCK], ids=["collectives", "lock"])
+@pytest.mark.parametrize(
+    "code, victim",
+    [
+        (IN_COLLECTIVES, 0),
+        (IN_A_LOCK, 1),
+        pytest.param(IN_COLLECTIVES, 1, marks=pytest.mark.slow),
+        pytest.param(IN_A_LOCK, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_process_ends_the_other_to_be_started_again(code, victim):
     with programs.joined(code) as both:
         for program in both:

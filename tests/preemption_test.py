@@ -64,7 +64,7 @@ def test_polls_are_cheap():
         start = time.perf_counter()
         for _ in range(1000):
             stop.requested()
-        assert time.perf_counter() - start < 0.1  # It takes 0.1 us, not 100.
+        assert time.perf_counter() - start < 0.1
 
 
 STUCK = """
@@ -109,7 +109,10 @@ peers.leave()
 """
 
 
-@pytest.mark.parametrize("victim, signum", [(0, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "victim, signum",
+    [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_any_process_stops_all_at_the_same_step(victim, signum):
     with programs.joined(STEPS) as both:
         for program in both:
