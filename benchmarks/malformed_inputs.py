@@ -14,7 +14,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
-from chaos import fuzz  # noqa: E402
+from chaos import fuzz  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def show(finding):

@@ -6,6 +6,7 @@ What else is in one of `FORMATS` becomes a plain PNG.
 
 import functools
 import io
+import re
 import struct
 import warnings
 from typing import NamedTuple
@@ -20,13 +21,17 @@ _END_OF_JPEG = b"\xff\xd9"
 # Some cameras write a few bytes after the end.
 _TAIL_BYTES = 64
 # Frame headers of Huffman-coded JPEGs, sequential and progressive: what every decoder reads.
-_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
+_PROGRESSIVE = 0xC2
+_PLAIN_FRAMES = (0xC0, 0xC1, _PROGRESSIVE)
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA))
 # PNG's colour types without palette and alpha.
 _GRAY, _RGB = 0, 2
 # What Pillow may be asked for. It reads more, and for PostScript would start an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_SCAN = re.compile(rb"\xff\xda\x00")
+# Encoders write ten or so.
+MAX_SCANS = 100
 _PLAIN_FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 2**26
 MIN_SIDE = 2
@@ -57,11 +62,14 @@ def check(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
 
     Raises:
       BadRecord: it is not to be used; the reason is one of 'not an image', 'truncated image', 'too
-        many pixels', 'too few pixels', 'unreadable image'.
+        many pixels', 'too few pixels', 'too many scans', 'unreadable image'.
     """
     if data.startswith(JPEG_START):
-        size = _jpeg_size(data)
-        if size is not None:
+        frame = _jpeg_frame(data)
+        if frame is None or frame[2] == _PROGRESSIVE:
+            _check_scans(data)
+        if frame is not None:
+            size = frame[:2]
             _check_size(*size, max_pixels)
             if _END_OF_JPEG in data[-_TAIL_BYTES:]:
                 return ImageFile(data, *size, "")
@@ -88,8 +96,15 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise BadRecord("too few pixels", f"{width} x {height}")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG of one or three colours; None where it is another kind."""
+def _check_scans(data: bytes) -> None:
+    """Refuses JPEGs of more scans than encoders write: 50 bytes can ask for a pass over all."""
+    # Entropy-coded bytes never look like a marker, and a scan's header has at most 14 bytes.
+    if (count := len(_SCAN.findall(data))) > MAX_SCANS:
+        raise BadRecord("too many scans", f"{count} are above {MAX_SCANS}")
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """(height, width, marker) of a JPEG of one or three colours; None where it is another kind."""
     at, end = 2, len(data) - 9
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
@@ -100,7 +115,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             return None
         if marker in _PLAIN_FRAMES:
             height, width, colors = struct.unpack_from(">HHB", data, at + 5)
-            return (height, width) if colors in (1, 3) and height else None
+            return (height, width, marker) if colors in (1, 3) and height else None
         if marker in _OTHER_FRAMES:
             return None
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")

@@ -38,8 +38,8 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
-# What Linux reads at once at most, and where files end at the latest.
-_MOST_BYTES, _MOST_OFFSET = 2**31 - 2**12, 2**62
+# More than records have, and where files end at the latest.
+_LARGE_BYTES, _MOST_OFFSET = 2**26, 2**62
 
 
 class BlockCache:
@@ -122,7 +122,8 @@ class ShardReader:
         """
         if min(offset, size) < 0 or offset > _MOST_OFFSET:
             return b""
-        size = min(size, _MOST_BYTES)
+        if size > _LARGE_BYTES:  # Memory for it is asked for before anything is read.
+            size = max(0, min(size, self.size - offset))
         if is_local(self.path):
             return os.pread(self._fd, size, offset)
         if self._cache is not None:

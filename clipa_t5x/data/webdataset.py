@@ -123,7 +123,10 @@ class _JsonFields(dict[str, list[bytes | int]]):
             raise KeyError(name)
         value = members[member]
         values = value if isinstance(value, list) else [] if value is None else [value]
-        return [v if isinstance(v, int) else str(v).encode() for v in values]
+        # Half of a pair of surrogates is no UTF-8, which is mended where captions are chosen.
+        return [
+            v if isinstance(v, int) else str(v).encode("utf-8", "surrogatepass") for v in values
+        ]
 
     def _json(self, file: str, content: bytes | int) -> dict[str, Any]:
         try:

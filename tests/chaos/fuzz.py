@@ -23,6 +23,7 @@ KINDS = (
     *("gin", "npz", "safetensors", "pickle", "tfrecord", "tar", "array_record", "csv", "parquet"),
     *("image", "vocabulary", "word_classes", "class_names", "manifest", "record_index", "run_json"),
 )
+WORKER = ("-m", "chaos.fuzz_worker")
 _TESTS = pathlib.Path(__file__).resolve().parents[1]
 _START_SECONDS = 300
 _STDERR_LINES = 15
@@ -53,7 +54,7 @@ class _Worker:
         environment = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": path,
                        "PYTHONFAULTHANDLER": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "chaos.fuzz_worker", root, ",".join(self._kinds)],
+            [sys.executable, *WORKER, root, ",".join(self._kinds)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env={**os.environ, **environment}, cwd=self._root,
         )  # fmt: skip

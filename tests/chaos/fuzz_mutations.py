@@ -188,9 +188,10 @@ def _exchange_word(rng, line, other):
 
 
 _VALUES = (
-    *NUMBERS, None, True, False, 0.5, float("nan"), float("inf"), "", "a", "../../canary",
-    "\x1b[2J", "/dev/zero", "a" * 3000, [], {}, [[]], [None], {"a": 1}, [1, "a"], {"": None}, "\ud800",
-)  # fmt: skip
+    *NUMBERS,
+    *(None, True, False, 0.5, float("nan"), float("inf"), [], {}, [[]], [None], {"a": 1}, [1, "a"]),
+    *("", "a", "../../canary", "\x1b[2J", "/dev/zero", "a" * 3000, "\ud800", {"": None}),
+)
 
 
 def spoil_json(rng, value):

@@ -86,6 +86,9 @@ def test_a_shard_that_has_shrunk(shard):
         assert opened.read(rows[1])["key"] == [b"00001"]
         with pytest.raises(BadRecord, match="truncated shard"):
             opened.read(rows[5])
+        for number in (-1, 2**40, 2**63 - 1):  # of a damaged index
+            with pytest.raises(BadRecord, match=f"has no record {number}"):
+                opened.read(np.asarray([number]))
     open(shard, "wb").close()
     with FORMAT.open(shard) as opened, pytest.raises(BadRecord, match="damaged shard"):
         opened.read(rows[0])

@@ -1,5 +1,6 @@
 import io
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -112,3 +113,73 @@ def test_rubbish_never_raises_anything_else(seed):
             assert error.reason
         else:
             assert found.height >= 2 and found.width >= 2
+
+
+# A program in PostScript, which Pillow would have Ghostscript run.
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 40\n(canary) (w) file closefile\n"
+
+
+def test_no_program_is_started_for_an_image(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"{args} was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(BadRecord) as caught:
+        image_files.check(POSTSCRIPT)
+    assert caught.value.reason == "not an image"
+
+
+def test_every_format_that_pillow_may_read_is_decoded_by_pillow():
+    # Formats that start programs, or that nobody keeps photos in, are not among them.
+    assert not {"EPS", "PSD", "WMF", "FPX", "PDF"} & set(image_files.FORMATS)
+    for form in image_files.FORMATS:
+        data = encode(PICTURE, form)
+        assert (image_files.check(data).height, image_files.check(data).width) == (40, 50)
+
+
+def test_a_stray_marker_cannot_hide_the_size():
+    # Decoders go on right behind a marker without a length; who reads a length there jumps over the
+    # true frame to one within a comment.
+    true = jpeg_that_says(16_000, 16_000)
+    frame = true.index(b"\xff\xc0")
+    small = JPEG[JPEG.index(b"\xff\xc0") :]
+    for marker in (b"\xff\x01", b"\xff\xd0", b"\xff\xd8"):
+        start = true[:frame] + marker + true[frame:-2]
+        landing = frame + 2 + int.from_bytes(b"\xff\xc0", "big")
+        comment = b"\xff\xfe\xff\xff".ljust(landing - len(start), b"\0") + small
+        with pytest.raises(BadRecord):
+            image_files.check(start + comment)
+
+
+def progressive(size, num_scans):
+    """A progressive JPEG whose last scan but one, of a few bytes, is there many times."""
+    data = encode(Image.new("RGB", (size, size), (200, 10, 10)), "JPEG", progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    again = data[scans[-2] : scans[-1]] * (num_scans - len(scans))
+    return data[: scans[-1]] + again + data[scans[-1] :]
+
+
+def test_scans_that_only_take_time_are_refused():
+    assert image_files.check(progressive(64, image_files.MAX_SCANS)).height == 64
+    data = progressive(64, image_files.MAX_SCANS + 1)
+    assert tf.io.decode_image(data).shape == (64, 64, 3)  # the decoder would go through them all
+    with pytest.raises(BadRecord, match="too many scans: 101 are above 100"):
+        image_files.check(data)
+
+
+def test_animations_are_told_without_reading_all_frames():
+    frames = [PICTURE.rotate(i) for i in range(5)]
+    data = encode(PICTURE, "GIF", save_all=True, append_images=frames)
+    cut = data[: len(data) * 3 // 4]  # What follows the second frame does not matter.
+    assert image_files.check(cut).mended == "animated"
+
+
+def test_open_plain_has_the_bounds_of_check():
+    assert image_files.open_plain(JPEG).size == (50, 40)
+    with pytest.raises(BadRecord, match="too many pixels"):
+        image_files.open_plain(JPEG, 1999)
+    with pytest.raises(BadRecord, match="too many pixels"):
+        image_files.open_plain(jpeg_that_says(60_000, 60_000))
+    for other in (b"", POSTSCRIPT, encode(PICTURE, "BMP")):
+        with pytest.raises(OSError):
+            image_files.open_plain(other)

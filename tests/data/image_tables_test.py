@@ -1,5 +1,6 @@
 import csv
 import io
+import os
 import random
 
 import numpy as np
@@ -121,6 +122,18 @@ def test_bad_rows_cost_themselves_only(folder, row, reason):
     first, bad, last = records(folder, f"image,txt\na.jpg,one\n{row}\nb.jpg,two\n")
     assert first["txt"] == [b"one"] and last["txt"] == [b"two"]
     assert isinstance(bad, BadRecord) and bad.reason == reason
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe", "x" * 300, "a/" * 3000, "loop", "huge"])
+def test_what_is_no_file_of_an_image_costs_its_row_only(folder, path):
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "huge").touch()
+    os.truncate(folder / "huge", 2**40)
+    bad, good = records(folder, f"image,txt\n{path},one\na.jpg,two\n")
+    assert isinstance(bad, BadRecord)
+    assert bad.reason in ("unreadable image file", "missing image file")
+    assert good["txt"] == [b"two"]
 
 
 def test_rows_may_be_short_and_no_utf8(folder):

@@ -57,12 +57,30 @@ def test_what_agrees_is_counted(data_dir):
 
 
 def test_no_manifest_is_nothing_to_compare(data_dir):
-    for content in (None, "{", "[]", '{"generator": "another"}'):
+    for content in (None, "{", "[]", "[" * 100_000, '{"generator": "another"}'):
         (data_dir / "manifest.json").unlink()
         if content is not None:
             (data_dir / "manifest.json").write_text(content)
         assert check(data_dir) == ""
         (data_dir / "manifest.json").touch()
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        *(None, [], {"train": None}, {"train": {}}, {"train": {"shards": {}}}),
+        *({"train": {"shards": [shard]}} for shard in (None, 1, {}, {"file": "a"})),
+        {"train": {"shards": [{"file": ["a"], "records": 1}]}},
+        {"train": {"shards": [{"file": "a", "records": "1"}]}},
+        {"train": {"shards": [{"file": "a", "records": 1, "sha256": 7}]}},
+    ],
+)
+def test_a_damaged_manifest_is_told(data_dir, splits):
+    content = {"generator": manifests.GENERATOR, "splits": splits}
+    (data_dir / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="manifest.json does not say of every split") as caught:
+        check(data_dir)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_split_that_the_manifest_does_not_name(data_dir):

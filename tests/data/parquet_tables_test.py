@@ -164,3 +164,30 @@ def test_what_failed_is_tried_again():
     with pytest.raises(OSError, match="the network"):
         groups.get(("p", 0), fail, 100)
     assert groups.get(("p", 0), lambda: pa.table({"a": [1]}), 100).num_rows == 1
+
+
+def test_texts_that_are_no_utf8_cost_their_rows_only(tmp_path):
+    path = tmp_path / "0.parquet"
+    texts = pa.array([b"good", b"caf\xe9"]).view(pa.string())
+    write(path, {**images(2), "txt": texts})
+    good, bad = sample_sets.records(FORMAT, path)
+    assert good["txt"] == [b"good"]
+    assert isinstance(bad, BadRecord) and bad.reason == "damaged shard"
+
+
+def test_columns_of_one_name_twice(tmp_path):
+    path = tmp_path / "0.parquet"
+    table = pa.table([pa.array([b"image"]), pa.array(["a"]), pa.array(["b"])], ["image", "t", "t"])
+    pq.write_table(table, path)
+    (found,) = sample_sets.records(FORMAT, path)
+    assert isinstance(found, BadRecord) and "\n" not in str(found)
+
+
+def test_more_rows_than_bytes_can_hold(tmp_path):
+    # Rows that are all the same take no bytes; an index of them would.
+    path = tmp_path / "0.parquet"
+    pq.write_table(pa.table({"image": pa.nulls(10**6, pa.binary())}), path)
+    assert path.stat().st_size < 10**5
+    found = FORMAT.scan(str(path))
+    assert found.rows.shape == (0, 2)
+    assert "states 1000000 rows, more than" in found.problem

@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 import tiny_tars
@@ -41,3 +43,11 @@ def test_lines_fit(text):
 
 def test_no_pictures():
     picture_grid.draw([])
+
+
+def test_pictures_that_cannot_be_decoded_are_gray():
+    png = tiny_tars.image(0, kind="PNG")
+    huge = png[:16] + struct.pack(">II", 60_000, 60_000) + png[24:]
+    for data in (b"", b"rubbish", huge, png[:100], b"%!PS-Adobe-3.0 EPSF-3.0\n"):
+        grid = np.asarray(picture_grid.draw([(data, "")]))
+        assert grid[88, 88].tolist() == [225, 225, 225]

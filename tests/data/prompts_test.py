@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import tiny_records
@@ -47,3 +49,15 @@ def test_what_is_not_there_is_named(tmp_path):
     refused(names, templates, templates, "'a photo of a cat'", "has no {}")
     names.write_text("")
     refused(names, templates, names, "is empty")
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
+    templates.write_text("a {}\n")
+    names.write_bytes(b"cat\n\xff\xd8\xff\xe0\0\0" * 100)
+    refused(names, templates, names, "is no UTF-8 text", "at byte 4")
+    os.truncate(names, 2**40)
+    refused(names, templates, names, f"has {2**40} bytes")
+    names.unlink()
+    names.mkdir()
+    refused(names, templates, names, "cannot be read")

@@ -125,6 +125,54 @@ def test_a_damaged_index_is_made_again(shards, tmp_path, scans, suffix):
     np.testing.assert_array_equal(index.rows, expected.rows)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda kept: 3,
+        lambda kept: {**kept, "ends": []},
+        lambda kept: {**kept, "ends": {}},
+        lambda kept: {**kept, "ends": kept["ends"][::-1]},
+        lambda kept: {**kept, "ends": [-1, *kept["ends"][1:]]},
+        lambda kept: {**kept, "ends": ["1", *kept["ends"][1:]]},
+        lambda kept: {**kept, "ends": [*kept["ends"][:-1], 10**30]},
+        lambda kept: {**kept, "problems": [1]},
+        lambda kept: {name: value for name, value in kept.items() if name != "problems"},
+    ],
+)
+def test_an_index_that_says_something_odd_is_made_again(shards, tmp_path, scans, spoil):
+    path = str(tmp_path / "index" / "train")
+    expected = load(shards, path)
+    scans.clear()
+    description = pathlib.Path(path + ".json")
+    description.write_text(json.dumps(spoil(json.loads(description.read_text()))))
+    assert load(shards, path).ends.tolist() == expected.ends.tolist()
+    assert scans
+
+
+@pytest.mark.parametrize("header", [b"{'descr': '(", b"{'descr': '<i8', 'shape': (2**70,", b"\0"])
+def test_rows_of_another_header_are_made_again(shards, tmp_path, scans, header):
+    path = str(tmp_path / "index" / "train")
+    load(shards, path)
+    scans.clear()
+    rows = pathlib.Path(path + ".npy")
+    data = rows.read_bytes()
+    rows.write_bytes(data[:10] + header.ljust(118)[:117] + b"\n" + data[128:])
+    assert len(load(shards, path))
+    assert scans
+
+
+@pytest.mark.parametrize("row", [(-5, 3), (2**62, 5), (0, 2**62), (5, -3), (2**63 - 1, 2**63 - 1)])
+def test_places_that_do_not_exist_are_bad_records(shards, tmp_path, row):
+    path = str(tmp_path / "index" / "train")
+    load(shards, path)
+    rows = np.load(path + ".npy", allow_pickle=False)
+    rows[0] = row
+    np.save(path + ".npy", rows, allow_pickle=False)
+    first, second = load(shards, path).read(np.asarray([0, 1]))
+    assert isinstance(first, BadRecord)
+    assert second["data"] == [b""]
+
+
 def test_the_index_of_an_older_layout_is_made_again(shards, tmp_path, scans):
     path = str(tmp_path / "index" / "train")
     load(shards, path)

@@ -47,3 +47,12 @@ def test_damaged_records_come_as_errors():
     found = list(shard_formats.iterate(Shard(), np.arange(4)[:, None]))
     assert found[0] == {"n": [0]} and found[2] == {"n": [2]}
     assert [getattr(found[i], "reason", None) for i in (1, 3)] == ["odd", "odd"]
+
+
+def test_a_field_of_metadata_that_cannot_be_read_is_not_there():
+    class Damaged(dict):
+        def get(self, name, default=None):
+            raise BadRecord("unreadable metadata")
+
+    assert not shard_formats.has(Damaged(), "json:a")
+    assert shard_formats.has({"a": []}, "a") and not shard_formats.has({"a": []}, "b")

@@ -50,6 +50,17 @@ def test_reading_at_the_edges(reader, offset, size):
     assert reader.read(offset, size) == DATA[offset : offset + size]
 
 
+@pytest.mark.parametrize("offset, size", [
+    (-1, 5), (5, -1), (-(2**63), 2**63 - 1), (2**62 + 1, 5), (2**63, 5), (10_000, 2**62),
+])  # fmt: skip
+def test_places_that_no_file_has_are_empty(reader, offset, size):
+    assert reader.read(offset, size) == b""
+
+
+def test_more_than_there_is(reader):
+    assert reader.read(5, 2**62) == DATA[5:]
+
+
 class Fetches:
     """Stands for the fetches of a cache: counts them, and lets one fail or wait."""
 

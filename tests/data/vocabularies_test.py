@@ -1,3 +1,4 @@
+import os
 import pathlib
 import random
 import string
@@ -229,3 +230,14 @@ def test_lines_are_tensorflows(tmp_path, content, size):
     assert vocabulary.vocab_size == size
     words = [piece for piece in vocabulary.pieces if piece in "abc"]
     assert vocabulary.encode(" ".join(words)) == [vocabulary.pieces.index(w) for w in words]
+
+
+def test_absurd_files_are_refused(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(b"[PAD]\n[UNK]\n[CLS]\n" + b"x" * 10**6 + b"\n" + b"x" * 10**6 + b"\n")
+    refused(path, "occurs again")
+    path.write_bytes(np.random.default_rng(0).bytes(10**6))
+    refused(path, "is not a WordPiece vocabulary")
+    os.truncate(path, 2**40)
+    with pytest.raises(UserError, match=f"has {2**40} bytes"):
+        vocabularies.BertVocabulary(str(path)).pieces  # noqa: B018

@@ -8,7 +8,7 @@ import pytest
 import sample_sets
 from sample_sets import COUNT, add_member
 
-from clipa_t5x.data import webdataset
+from clipa_t5x.data import captions, shard_formats, webdataset
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.data.shard_reader import BlockCache
 from clipa_t5x.errors import UserError
@@ -218,6 +218,29 @@ def test_metadata_that_cannot_be_read(tmp_path, content):
     assert record["jpg"] == [b"x"]
     with pytest.raises(BadRecord, match="unreadable metadata: field json"):
         record.get("json:caption")
+    assert not shard_formats.has(record, "json:caption")
+    assert shard_formats.field_names([record]) == ["__key__", "jpg", "json"]
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"-777", b"+7", b"0o17", b"1_0"])
+def test_sizes_that_only_python_reads_are_damage(tmp_path, size):
+    # A negative one, behind a right checksum, would send the scan back to where it was, for ever.
+    path = pathlib.Path(write(tmp_path / "0.tar", pairs(2)))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"0001.jpg")
+    data[at + 124 : at + 136] = size.ljust(12, b"\0")
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    path.write_bytes(data)
+    assert webdataset.parse_header(bytes(data[at : at + 512])) is None
+    found = FORMAT.scan(str(path))
+    assert found.problem and len(found.rows) <= 2
+
+
+def test_half_a_surrogate_in_the_metadata(tmp_path):
+    (value,) = sample(tmp_path, b'{"caption": "a \\ud800 b"}')["json:caption"]
+    text, mended = captions.clean(value)
+    assert text.decode() == "a \ufffd\ufffd\ufffd b" and mended == "invalid UTF-8"
 
 
 def test_a_task_may_use_the_metadata(tmp_path):

@@ -168,3 +168,16 @@ def test_class_sizes_of_the_papers_vocabulary():
     pieces = vocabularies.BertVocabulary(str(BERT)).pieces
     sizes = word_classes.counts(word_classes.classify(pieces, word_classes.textblob_tagger()))
     assert sizes == {"noun": 21_486, "adjective": 2_532, "verb": 4_643, "other": 1_861}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"[" * 100_000, b'{"classes":' * 5000])
+def test_binary_files_and_nests_are_no_table(path, content):
+    path.with_suffix(".tags.json").write_bytes(content)
+    refused(path, "is no table of word classes")
+
+
+@pytest.mark.parametrize("change", [{"vocabulary_size": []}, {"vocabulary_sha256": None}])
+def test_facts_of_other_types_are_no_table(path, change):
+    table = path.with_suffix(".tags.json")
+    table.write_text(json.dumps({**json.loads(table.read_text()), **change}))
+    refused(path, "is no table of word classes")
