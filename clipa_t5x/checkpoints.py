@@ -330,7 +330,7 @@ class Checkpointer:
             flatten(saved["params"]), flatten(abstract_state.params), str(folder),
             "Use another MODEL_DIR, or the configuration that wrote it (its config.gin).",
         )  # fmt: skip
-        fields = bad_numbers.as_saved(abstract_state, list(saved)).as_tree()
+        fields = bad_numbers.as_saved(abstract_state, list(flatten(saved))).as_tree()
         _check_same_optimizer(flatten(saved), flatten(fields), folder)
         restored = checkpoint_writer.state_handler().restore(
             folder / "state",

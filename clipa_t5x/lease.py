@@ -137,10 +137,10 @@ class Claim:
                     seen[name], alive = (text, time.monotonic()), True
                 elif alive is None and time.monotonic() - seen[name][1] > self._timeout:
                     alive = False
-                self._settle(name, text, alive)
+                self.wait(name, text, alive)
             time.sleep(min(_POLL, self._period / 5))
 
-    def _settle(self, name: str, text: str, alive: bool | None) -> None:
+    def wait(self, name: str, text: str, alive: bool | None) -> None:
         """Removes the lease of a dead run, gives way to one that comes first, or leaves it open."""
         if alive is False:
             logging.warning("Taking over from %s, which has ended.", _describe(name, text))

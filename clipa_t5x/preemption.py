@@ -111,7 +111,7 @@ class _Agreement:
                 pass
             if not self._told:
                 logging.info("Another process was told to stop: all will, at the same step.")
-            self._settle()
+            self.wait()
         except jax.errors.JaxRuntimeError:  # The run ends, or loses a process: others see to that.
             logging.debug("Nobody can be told to stop any more.", exc_info=True)
 
@@ -124,7 +124,7 @@ class _Agreement:
             return False
         return True
 
-    def _settle(self) -> None:
+    def wait(self) -> None:
         """Stops all at the first poll that none has reached; none polls meanwhile."""
         with self._lock:
             prefix = f"{self._key}/polls"

@@ -248,12 +248,12 @@ run = checkpoints.Checkpointer(
 )
 assert run.restore(abstract) is None
 run.save(1, state(1), {"next": 1})
-run._settle()
+run.wait()
 limit_files(10_000)
 run.save(2, state(2), {"next": 2})
 failure = ""
 try:
-    run._settle()
+    run.wait()
 except checkpoints.UserError as error:
     failure = str(error)
 limit_files(resource.RLIM_INFINITY)
@@ -262,7 +262,7 @@ assert agreement.agree("failures", failure, json.dumps) == json.dumps([failure, 
 assert ("File too large" in failure) == (allowed == 0), failure
 for step in (3, 4):
     run.save(step, state(step), {"next": step})
-run._settle()
+run.wait()
 assert checkpoints.all_steps(model_dir) == [3, 4]
 
 def damage():

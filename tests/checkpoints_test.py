@@ -265,7 +265,7 @@ def save_as_before(model_dir, state, step):
     manager.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(state.as_tree()),
             data=ocp.args.JsonSave(DATA),
             config=ocp.args.JsonSave({"gin": ""}),
         ),
