@@ -238,8 +238,10 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
 def _is_ours_or_grave(record: Any) -> bool:
     """Libraries tell more than a user wants to read; what they warn of passes."""
     ours = os.path.dirname(os.path.abspath(__file__))
-    # Orbax warns of every checkpoint that is opened for reading only.
-    is_grave = standard_logging.ERROR if "orbax" in record.pathname else standard_logging.WARNING
+    # Orbax tells of every checkpoint that is opened for reading only, and of every failed save, by
+    # tracebacks; what has failed is said in a line by whoever asked for it.
+    is_orbax = "orbax" in record.pathname
+    is_grave = standard_logging.CRITICAL if is_orbax else standard_logging.WARNING
     return record.levelno >= is_grave or record.pathname.startswith(ours)
 
 

@@ -94,7 +94,9 @@ def _handles_sigterm(pid):
     return int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
-@pytest.mark.parametrize("signum", preemption.SIGNALS)
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_before_training_asks_to_be_started_again(signum, tmp_path):
     process = subprocess.Popen(
         experiments.command("train", STAGE1, f"--gin.MODEL_DIR='{tmp_path}/run'"),

@@ -38,25 +38,6 @@ def assert_same_arrays(a, b, **tolerance):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(workspace, tmp_path):
-    """Stopped at a checkpoint by SIGKILL, gone on with in a new process."""
-    recipe = experiments.command("train", f"--gin_file={experiments.GIN}/digits_stage1.gin")
-    macros = {"TRAIN_STEPS": 8, "CHECKPOINT_PERIOD": 4, "EVAL_PERIOD": 8, "IMAGE_MASK_RATIO": 0.5}
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    result = experiments.run([*recipe, *flags(whole, **macros)], workspace)
-    assert result.returncode == 0, result.stderr[-4000:]
-    # What a killed run leaves behind is its checkpoint of step 4, and records of later steps.
-    halves.mkdir()
-    (whole / "checkpoint_4").rename(halves / "checkpoint_4")
-    (halves / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
-    result = experiments.run([*recipe, *flags(halves, **macros)], workspace)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert "Resuming after step 4" in result.stderr
-    assert_same_arrays(experiments.saved_state(whole, 8), experiments.saved_state(halves, 8))
-    final = experiments.records(halves, "train")[8]
-    assert final["loss"] == experiments.records(whole, "train")[8]["loss"]
-
-
 def test_two_processes_equal_one(workspace, tmp_path):
     """2 processes x 4 devices = 1 process x 8 devices: same data, same losses, same parameters."""
     recipe = experiments.command("train", f"--gin_file={experiments.GIN}/digits_stage1.gin")

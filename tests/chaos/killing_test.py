@@ -23,7 +23,7 @@ def make_run(workspace, tmp_path_factory):
         model_dir = tmp_path_factory.mktemp("runs") / "run"
         macros = {
             "TRAIN_STEPS": steps, "CHECKPOINT_PERIOD": PERIOD, "LOG_PERIOD": 1,
-            "EVAL_PERIOD": steps // 2, "MODEL_DIR": str(model_dir),
+            "EVAL_PERIOD": steps // 2, "IMAGE_MASK_RATIO": 0.5, "MODEL_DIR": str(model_dir),
         }  # fmt: skip
         sizes = experiments.MINIATURE if evaluated else experiments.UNEVALUATED
         bindings = [*sizes, *(f"{k} = {v!r}" for k, v in macros.items())]
