@@ -91,7 +91,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
         body = json.loads(text)
         del body["crc32c"]
         intact = text == _text(body)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamageError(f"{FILE} is unreadable ({str(error).splitlines()[0]})") from error
     if not intact:
         raise DamageError(f"{FILE} has another checksum than it says")

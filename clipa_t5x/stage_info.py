@@ -77,4 +77,8 @@ class StageInfo:
 def is_completed(model_dir: str) -> bool:
     """Whether a run has been trained to its end, its evaluation included."""
     path = epath.Path(model_dir) / run_history.STAGE_FILE
-    return path.exists() and bool(json.loads(path.read_text()).get("completed"))
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError):  # Torn by a kill, and not worth an error.
+        return False
+    return isinstance(record, dict) and record.get("completed") is True

@@ -33,7 +33,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 
 # Debts: to be paid, never added to. A paid one must be struck off.
 LONG_FUNCTIONS: set[str] = set()
-UNTESTED = {"stage_info"}
+UNTESTED: set[str] = set()
 
 
 def _parse():
