@@ -8,6 +8,8 @@ one of two processes, with saves only, and with checkpoints whose files are dama
 
 import argparse
 import collections
+import concurrent.futures
+import itertools
 import pathlib
 import random
 import shutil
@@ -26,6 +28,7 @@ from clipa_t5x import checkpoint_folders
 from clipa_t5x.data import build
 
 STEPS, PERIOD = 60, 10
+RUN_KILLS = 10  # Then a run comes to its end, and another begins.
 
 
 class Case:
@@ -34,7 +37,7 @@ class Case:
     def __init__(self, workspace: pathlib.Path, name: str, num_processes: int = 1, stages: int = 2):
         """Trains undisturbed."""
         self._workspace, self._name, self._num_processes = workspace, name, num_processes
-        self._stages, self._count = stages, 0
+        self._stages, self._numbers = stages, itertools.count()
         whole = self.make()
         start = time.perf_counter()
         whole.finish()
@@ -43,8 +46,7 @@ class Case:
 
     def make(self) -> killing.Run:
         """A run in a new folder."""
-        self._count += 1
-        model_dir = self._workspace / f"{self._name}{self._count}"
+        model_dir = self._workspace / f"{self._name} {next(self._numbers)}"
         gin = str(experiments.GIN)
         stages = [f"{gin}/shapes_stage{i + 1}.gin" for i in range(self._stages)]
         bindings = [
@@ -72,17 +74,31 @@ class Case:
             for a, b in pairs
         )
 
-    def survive(self, moments: tuple[str, ...], kills: int, rng: random.Random) -> None:
-        """Kills that many times, over as many runs as it takes, and prints what came of it."""
-        seen, runs, different = [], 0, 0
+    def survive(self, moments: tuple[str, ...], kills: int, seed: int, lanes: int = 1) -> None:
+        """Kills that many times, over as many runs as it takes, and prints what came of it.
+
+        `lanes` runs go on beside each other.
+        """
+        seen: list[killing.Kill] = []
+        ends: list[bool] = []
         begun = time.perf_counter()
-        while len(seen) < kills:
-            run = self.make()
-            seen += run.survive(moments, kills - len(seen), rng)
-            runs, different = runs + 1, different + self.differs(run)
-            shutil.rmtree(run.model_dir)
-            eta = (time.perf_counter() - begun) * (kills / max(len(seen), 1) - 1)
-            print(f"{len(seen)}/{kills} kills, ETA {eta / 60:.0f} min", file=sys.stderr)
+
+        def lane(number: int) -> None:
+            rng = random.Random(1000 * seed + number)
+            share = kills // lanes + (number < kills % lanes)
+            while share:
+                run = self.make()
+                found = run.survive(moments, min(share, RUN_KILLS), rng)
+                share -= len(found)
+                seen.extend(found)
+                ends.append(self.differs(run))
+                shutil.rmtree(run.model_dir)
+                eta = (time.perf_counter() - begun) * (kills / max(len(seen), 1) - 1)
+                print(f"{len(seen)}/{kills} kills, ETA {eta / 60:.0f} min", file=sys.stderr)
+
+        with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+            list(pool.map(lane, range(lanes)))
+        runs, different = len(ends), sum(ends)
         redone = [kill.redone for kill in seen if kill.redone is not None]
         moments_seen = dict(collections.Counter(kill.moment for kill in seen))
         print(f"{self._name}, {len(seen)} kills {moments_seen} in {runs} runs of {self._stages} x "
@@ -121,21 +137,22 @@ def main():
     parser.add_argument("--save_kills", type=int, default=50, help="within saves")
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=int, default=2, help="runs of one process at a time")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         workspace = pathlib.Path(folder)
         build.main(["shapes", f"--output_dir={workspace}/data/shapes"])
         one = Case(workspace, "one process")
         if args.damages:
-            damaged(workspace, args.damages, rng)
+            damaged(workspace, args.damages, random.Random(args.seed))
         if args.save_kills:
-            one.survive(("save",), args.save_kills, rng)
+            one.survive(("save",), args.save_kills, args.seed, args.lanes)
         if args.kills:
-            one.survive(tuple(killing.MOMENTS), args.kills, rng)
+            one.survive(tuple(killing.MOMENTS), args.kills, args.seed + 1, args.lanes)
         if args.process_kills:
             two = Case(workspace, "two processes", num_processes=2, stages=1)
-            two.survive(("start", "step", "save", "evaluation"), args.process_kills, rng)
+            moments = ("start", "step", "save", "evaluation")
+            two.survive(moments, args.process_kills, args.seed + 2)
 
 
 if __name__ == "__main__":

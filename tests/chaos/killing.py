@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -20,6 +21,7 @@ import experiments
 from clipa_t5x import checkpoint_manifest
 
 _POLL_SECONDS = 0.01
+_PATIENCE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Snapshot:
     Attributes:
       lines: of metrics, by group's first name ('train', 'training_eval', ...).
       stages: folders that were begun.
-      saving: whether a checkpoint is being written.
+      saving: checkpoints that are being written, or were left so; by name and when they began.
     """
 
     lines: collections.Counter[str]
     stages: int
-    saving: bool
+    saving: frozenset[tuple[str, int]]
 
     @classmethod
     def of(cls, model_dir: pathlib.Path) -> "Snapshot":
@@ -56,8 +58,12 @@ class Snapshot:
         for path in model_dir.glob("**/metrics.jsonl"):
             lines.update(record["group"].split("/")[0] for record in _records(path))
         stages = sum(path.is_dir() for path in model_dir.glob("stage*"))
-        saving = any(_is_being_written(p) for p in model_dir.glob("**/checkpoint_*") if p.is_dir())
-        return cls(lines, stages, saving)
+        saving = set()
+        for path in model_dir.glob("**/checkpoint_*/data/metadata"):
+            with contextlib.suppress(FileNotFoundError):  # What was left is cleared away.
+                if not _is_whole(path.parents[1]):
+                    saving.add((str(path), path.stat().st_mtime_ns))
+        return cls(lines, stages, frozenset(saving))
 
 
 def _records(path: pathlib.Path) -> Iterator[dict]:
@@ -66,8 +72,8 @@ def _records(path: pathlib.Path) -> Iterator[dict]:
             yield json.loads(line[line.rfind('{"step"') :])
 
 
-def _is_being_written(checkpoint: pathlib.Path) -> bool:
-    return "tmp" in checkpoint.name or not (checkpoint / checkpoint_manifest.FILE).exists()
+def _is_whole(checkpoint: pathlib.Path) -> bool:
+    return (checkpoint / checkpoint_manifest.FILE).exists()
 
 
 MOMENTS = {
@@ -75,7 +81,7 @@ MOMENTS = {
     "start": Moment(lambda _, now: True, 9.0),
     # Steps; batches are read all the time.
     "step": Moment(lambda before, now: now.lines["train"] > before.lines["train"], 3.0),
-    "save": Moment(lambda _, now: now.saving, 0.1),
+    "save": Moment(lambda before, now: bool(now.saving - before.saving), 0.05),
     "evaluation": Moment(
         lambda before, now: now.lines["training_eval"] > before.lines["training_eval"], 0.5
     ),
@@ -209,7 +215,13 @@ class Run:
         def running() -> bool:
             return all(process.poll() is None for process in processes)
 
-        while running() and not moment.seen(before, Snapshot.of(self.model_dir)):
+        patience = math.inf
+        while running() and not moment.seen(before, now := Snapshot.of(self.model_dir)):
+            # A moment that does not come, such as a stage's end in the last one, is any moment.
+            if MOMENTS["step"].seen(before, now):
+                patience = min(patience, time.monotonic() + _PATIENCE_SECONDS)
+            if time.monotonic() > patience:
+                break
             time.sleep(_POLL_SECONDS)
         until = time.monotonic() + rng.uniform(0, moment.seconds)
         while running() and time.monotonic() < until:
@@ -231,6 +243,6 @@ class Run:
         whole = [
             int(re.fullmatch(r"checkpoint_(\d+)", p.name)[1])  # pyright: ignore
             for p in folder.glob("checkpoint_*")
-            if re.fullmatch(r"checkpoint_\d+", p.name) and not _is_being_written(p)
+            if re.fullmatch(r"checkpoint_\d+", p.name) and _is_whole(p)
         ]
         return max(steps[-1] - max(whole, default=0), 0)
