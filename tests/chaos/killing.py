@@ -55,19 +55,25 @@ class Snapshot:
     def of(cls, model_dir: pathlib.Path) -> "Snapshot":
         """Looks at all files in a run's, or schedule's, folder."""
         lines: collections.Counter[str] = collections.Counter()
-        for path in model_dir.glob("**/metrics.jsonl"):
-            lines.update(record["group"].split("/")[0] for record in _records(path))
-        stages = sum(path.is_dir() for path in model_dir.glob("stage*"))
+        stages = len(_children(model_dir, "stage"))
+        for path in (model_dir, *_children(model_dir, "stage")):
+            lines.update(r["group"].split("/")[0] for r in _records(path / "metrics.jsonl"))
+        folders = [model_dir, *(model_dir / f"stage{i + 1}" for i in range(stages))]
         saving = set()
-        for path in model_dir.glob("**/checkpoint_*/data/metadata"):
+        for path in (child for folder in folders for child in _children(folder, "checkpoint_")):
             with contextlib.suppress(FileNotFoundError):  # What was left is cleared away.
-                if not _is_whole(path.parents[1]):
-                    saving.add((str(path), path.stat().st_mtime_ns))
+                if not _is_whole(path):
+                    saving.add((str(path), (path / "data" / "metadata").stat().st_mtime_ns))
         return cls(lines, stages, frozenset(saving))
 
 
+def _children(folder: pathlib.Path, prefix: str) -> list[pathlib.Path]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(folder / name for name in names if name.startswith(prefix))
+
+
 def _records(path: pathlib.Path) -> Iterator[dict]:
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             yield json.loads(line[line.rfind('{"step"') :])
 
@@ -229,20 +235,19 @@ class Run:
         return running()
 
     def _stage_dir(self) -> pathlib.Path:
-        return max(self.model_dir.glob("stage*/"), default=self.model_dir)
+        return max(_children(self.model_dir, "stage"), default=self.model_dir)
 
     def _redone(self) -> int | None:
         """Steps after the newest whole checkpoint that the newest stage had finished."""
         folder = self._stage_dir()
-        path = folder / "metrics.jsonl"
-        records = list(_records(path)) if path.exists() else []
+        records = _records(folder / "metrics.jsonl")
         steps = [record["step"] for record in records if record["group"] == "train"]
         if not steps:
             return None
         # A start that came after an earlier kill has not logged all that that one had.
         whole = [
             int(re.fullmatch(r"checkpoint_(\d+)", p.name)[1])  # pyright: ignore
-            for p in folder.glob("checkpoint_*")
+            for p in _children(folder, "checkpoint_")
             if re.fullmatch(r"checkpoint_\d+", p.name) and _is_whole(p)
         ]
         return max(steps[-1] - max(whole, default=0), 0)
