@@ -6,6 +6,7 @@ nothing waits for the device. Where the host looks at metrics anyway, at log lin
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,9 @@ ACTIONS = ("raise", "skip", "rewind")
 _LEAST_DEVIATION = 0.05
 _LEAST_NORM = 1e-30
 
+# Metrics of a step that is bad where one of them is not finite.
+_FINITE = ("loss", "grad_norm", "update_norm")
+
 IN_A_ROW = "bad_numbers/in_a_row"
 SKIPPED = "bad_numbers/skipped"
 SKIPPED_IN_ALL = "bad_numbers/skipped_in_all"
@@ -45,10 +49,11 @@ _REMEDY = (
 class Policy:
     """What is bad, and what is done about it.
 
-    A step is bad where the loss or the gradient's global norm is not finite, or where the norm is a
-    spike: the mean of its logarithm exceeded by `spike_sigmas` standard deviations. Norms are
-    positive and scatter by factors, so that their logarithms are nearer to a normal distribution,
-    and a threshold follows them through the orders of magnitude that they fall in a run. Bad steps
+    A step is bad where the loss, or the global norm of gradient or update, is not finite, or where
+    the gradient's norm is a spike: the mean of its logarithm exceeded by `spike_sigmas` standard
+    deviations. Norms are positive and scatter by factors, so that their logarithms are nearer to a
+    normal distribution, and a threshold follows them through the orders of magnitude that they
+    fall in a run. Bad steps
     do not enter the statistics.
 
     Attributes:
@@ -121,7 +126,7 @@ def guard_update(
       policy: what is bad.
       before: the state before the update, with a guard.
       after: the state after the update, whatever it is worth; its guard is not read.
-      metrics: scalars of the step, 'loss' and 'grad_norm' among them.
+      metrics: scalars of the step, 'loss', 'grad_norm' and 'update_norm' among them.
 
     Returns:
       The state to go on from, and the metrics with float32 scalars more: 'bad_numbers/in_a_row', 0
@@ -131,7 +136,8 @@ def guard_update(
     """
     guard: Any = before.guard
     norm, limit = metrics["grad_norm"], threshold(policy, guard)
-    bad = ~jnp.isfinite(metrics["loss"]) | ~jnp.isfinite(norm) | (norm > limit)
+    finite = [jnp.isfinite(metrics[name]) for name in _FINITE]
+    bad = ~functools.reduce(jnp.logical_and, finite) | (norm > limit)
     held_back = bad | guard.frozen
 
     def choose(new: Any, old: Any) -> Any:
@@ -280,7 +286,7 @@ def _fact(values: Mapping[str, Any], name: str) -> str:
 
 def _cause(values: Mapping[str, Any], step: int) -> str:
     """Why a step was bad: 'the loss is nan at step 7'."""
-    for name in ("loss", "grad_norm"):
+    for name in _FINITE:
         if not np.isfinite(values[name]):
             return f"{_fact(values, name)} at step {step}"
     return (

@@ -16,11 +16,13 @@ from absl import logging
 from etils import epath
 
 from clipa_t5x import agreement, checkpoint_manifest
+from clipa_t5x.errors import UserError, storage_errors
 
 PREFIX = "checkpoint"
 ITEMS = ("state", "data", "config")
 
 _UNFINISHED = "UNFINISHED"
+_UNREADABLE = "unreadable: "  # How a process's word on a checkpoint begins that it cannot judge.
 _ORBAX_COMMIT = "_CHECKPOINT_METADATA"  # What versions without manifests wrote last.
 
 
@@ -34,7 +36,9 @@ def steps_there(model_dir: str) -> list[int]:
     root = epath.Path(model_dir)
     if not root.is_dir():
         return []
-    matches = [(re.fullmatch(rf"{PREFIX}_(\d+)", path.name), path) for path in root.iterdir()]
+    matches = [
+        (re.fullmatch(rf"{PREFIX}_(0|[1-9]\d*)", path.name), path) for path in root.iterdir()
+    ]
     return sorted(
         int(match.group(1))
         for match, path in matches
@@ -110,15 +114,17 @@ def empty(folder: epath.Path) -> None:
 def clear_leftovers(model_dir: str) -> None:
     """Removes what killed saves and killed removals left; for process 0.
 
-    Raises:
-      OSError: something of it cannot be removed.
+    What cannot be removed does not count, and is told of in the log.
     """
     root = epath.Path(model_dir)
     for path in list(root.iterdir()) if root.is_dir() else []:
         match = re.fullmatch(rf"{PREFIX}_\d+(\.orbax-checkpoint-tmp.*)?", path.name)
         if match and path.is_dir() and (match.group(1) or _is_leftover(path)):
             logging.warning("Removing %s, which was left half-written.", path)
-            path.rmtree() if match.group(1) else remove(path)
+            try:
+                path.rmtree() if match.group(1) else remove(path)
+            except storage_errors() as error:
+                logging.error("%s cannot be removed: %s", path, error)
 
 
 def _is_leftover(folder: epath.Path) -> bool:
@@ -127,8 +133,8 @@ def _is_leftover(folder: epath.Path) -> bool:
     return (folder / _UNFINISHED).exists() or not any(folder.iterdir())
 
 
-def set_aside(folder: epath.Path, why: str) -> str:
-    """Makes a checkpoint count no more, without losing it where that is possible; for process 0.
+def set_aside(folder: epath.Path) -> str:
+    """Makes a damaged checkpoint count no more, without losing it if possible; for process 0.
 
     Returns:
       What became of it, as part of a sentence.
@@ -137,7 +143,7 @@ def set_aside(folder: epath.Path, why: str) -> str:
         (folder / _UNFINISHED).touch()
         (folder / checkpoint_manifest.FILE).unlink(missing_ok=True)
         return "it will be removed"
-    aside = folder.with_name(f"{folder.name}.{why}-{time.time_ns()}")
+    aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
     folder.rename(aside)
     return f"it is now {aside.name}"
 
@@ -154,6 +160,9 @@ def newest_whole(model_dir: str, steps: Sequence[int]) -> tuple[int | None, Mapp
 
     Returns:
       (its step or None, what is wrong with each newer one by step: the file and the check).
+
+    Raises:
+      UserError: the storage does not give one's files, which may be whole.
     """
     damages: dict[int, str] = {}
     for step in sorted(steps, reverse=True):
@@ -162,6 +171,11 @@ def newest_whole(model_dir: str, steps: Sequence[int]) -> tuple[int | None, Mapp
         )
         if not damage:
             return step, damages
+        if damage.startswith(_UNREADABLE):
+            raise UserError(
+                f"{folder_of(model_dir, step)}: {damage.removeprefix(_UNREADABLE)}. Mend the "
+                "storage and start again, or remove that folder to go back to the one before."
+            )
         damages[step] = damage
     return None, damages
 
@@ -175,4 +189,6 @@ def _damage(model_dir: str, step: int) -> str:
         checkpoint_manifest.check(folder, step, jax.process_index(), jax.process_count())
     except checkpoint_manifest.DamageError as error:
         return str(error)
+    except checkpoint_manifest.UnreadableError as error:
+        return f"{_UNREADABLE}{error}"
     return ""

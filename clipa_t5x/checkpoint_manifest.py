@@ -13,14 +13,15 @@ import math
 import os
 import pathlib
 import subprocess
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import google_crc32c
 import jax
 from etils import epath
 
-from clipa_t5x import version
+from clipa_t5x import errors, version
 
 FILE = "manifest.json"
 
@@ -28,9 +29,16 @@ FILE = "manifest.json"
 _THREADS = 4
 _CHUNK_BYTES = 1 << 22
 
+_ATTEMPTS, _PAUSE_SECONDS = 4, 0.5
+_T = TypeVar("_T")
+
 
 class DamageError(Exception):
     """A checkpoint is not as it was written; the message names the file and the check it failed."""
+
+
+class UnreadableError(Exception):
+    """The storage does not give a file, which may be whole: no reason to pass a checkpoint over."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -82,20 +90,59 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
     Raises:
       DamageError: it is missing, or not as it was written.
+      UnreadableError: the storage does not give it.
     """
     path = folder / FILE
     if not path.exists():
         raise DamageError(f"{FILE} is missing")
+    data = _persistently(FILE, path.read_bytes)
     try:
-        text = path.read_text()
+        text = data.decode()
         body = json.loads(text)
         del body["crc32c"]
         intact = text == _text(body)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamageError(f"{FILE} is unreadable ({str(error).splitlines()[0]})") from error
     if not intact:
         raise DamageError(f"{FILE} has another checksum than it says")
+    if not _is_manifest(body):
+        raise DamageError(f"{FILE} does not say what a manifest says")
     return body
+
+
+def _is_manifest(body: Any) -> bool:
+    """Whether what is read is there, and of its kind."""
+    files = body.get("files")
+    return (
+        isinstance(body.get("step"), int)
+        and isinstance(body.get("metrics"), dict)
+        and isinstance(files, dict)
+        and all(
+            isinstance(facts, dict)
+            and isinstance(facts.get("size"), int)
+            and isinstance(facts.get("crc32c"), str)
+            for facts in files.values()
+        )
+    )
+
+
+def _persistently(name: str, read: Callable[[], _T]) -> _T:
+    """Reads, again where the storage has a hiccup.
+
+    Raises:
+      UnreadableError: it has more than that.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return read()
+        except IsADirectoryError as error:
+            raise DamageError(f"{name} is a folder") from error
+        except errors.storage_errors() as error:
+            if attempt + 1 == _ATTEMPTS:
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise UnreadableError(f"{name} cannot be read ({reason})") from error
+            time.sleep(_PAUSE_SECONDS * 2**attempt)
+    raise AssertionError
 
 
 def check(folder: epath.Path, step: int, part: int = 0, parts: int = 1) -> None:
@@ -109,11 +156,15 @@ def check(folder: epath.Path, step: int, part: int = 0, parts: int = 1) -> None:
 
     Raises:
       DamageError: what is wrong with the first file that is not as it was written.
+      UnreadableError: the storage does not give a file.
     """
     manifest = read(folder)
     if manifest["step"] != step:
         raise DamageError(f"{FILE} is of step {manifest['step']}, not {step}")
     files = manifest["files"]
+    if others := set(files) ^ set(_persistently("the folder", lambda: _names(folder))):
+        name = min(others)
+        raise DamageError(f"{name} is {'missing' if name in files else f'not in {FILE}'}")
     by_size = sorted(files, key=lambda name: (files[name]["size"], name))
     names = by_size[part::parts]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -123,16 +174,9 @@ def check(folder: epath.Path, step: int, part: int = 0, parts: int = 1) -> None:
 
 
 def _damage(folder: epath.Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    path = folder / name
-    try:
-        if not path.exists():
-            return f"{name} is missing"
-        size = path.stat().length
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        checksum = _sum(path)[1]
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror or error})"
+    size, checksum = _persistently(name, lambda: _sum(folder / name))
+    if size != expected["size"]:
+        return f"{name} has {size} bytes instead of {expected['size']}"
     if checksum != expected["crc32c"]:
         return f"{name} has crc32c {checksum} instead of {expected['crc32c']}"
     return None

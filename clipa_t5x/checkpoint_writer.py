@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from clipa_t5x import (
@@ -160,7 +161,9 @@ class CheckpointWriter:
         folder = self._folder(save.step)
         failure = failure or _attempt(lambda: self._make_count(folder, save))
         if not failure:
-            failure = _attempt(self._remove_superseded)
+            # The checkpoint counts, whatever becomes of those that it makes superfluous.
+            if left := _attempt(self._remove_superseded):
+                logging.error("A checkpoint that is no longer kept cannot be removed: %s.", left)
         elif not checkpoint_folders.is_complete(folder):
             # It may still be written into: what is left goes with the next save.
             _attempt(lambda: checkpoint_folders.empty(folder))
@@ -185,7 +188,7 @@ class CheckpointWriter:
             return None
         try:
             return checkpoint_manifest.read(self._folder(step))["metrics"].get(self._best_metric)
-        except checkpoint_manifest.DamageError:
+        except (checkpoint_manifest.DamageError, checkpoint_manifest.UnreadableError):
             return None
 
 

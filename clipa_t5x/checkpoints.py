@@ -30,6 +30,11 @@ from clipa_t5x import (
 from clipa_t5x.checkpoint_folders import PREFIX, folder_of
 from clipa_t5x.errors import UnsavableError, UserError, check_number
 
+_OPTIMIZER = (
+    "Use another MODEL_DIR with INITIAL_CHECKPOINT_PATH, or the OPTIMIZER that wrote it "
+    "(MAX_LOGIT_SCALE, too, is a part of it, or none)."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpointConfig:
@@ -267,17 +272,13 @@ class Checkpointer:
             failure, self._failed_saves, allowed,
         )  # fmt: skip
 
-    def restore(
-        self, abstract_state: train_state.TrainState, before_step: int | None = None
-    ) -> Restored | None:
+    def restore(self, abstract_state: train_state.TrainState) -> Restored | None:
         """The newest checkpoint that is as it was written; waits for a save that is under way.
 
-        Newer ones that are damaged are set aside, and so are those from `before_step` on: their
-        steps will be saved anew.
+        Newer ones, which are damaged, are set aside: their steps will be saved anew.
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore to.
-          before_step: only checkpoints of earlier steps will do; None for any.
 
         Returns:
           None where there is no checkpoint, whole or not.
@@ -288,8 +289,7 @@ class Checkpointer:
         """
         self.wait()
         self._find_steps()
-        earlier = [s for s in self._steps if before_step is None or s < before_step]
-        step, damages = checkpoint_folders.newest_whole(self._model_dir, earlier)
+        step, damages = checkpoint_folders.newest_whole(self._model_dir, self._steps)
         if step is None:
             self._refuse_to_start_over(damages)
             return None
@@ -311,12 +311,11 @@ class Checkpointer:
 
         def move() -> str:
             for newer in [s for s in self._there() if s > step]:
-                why = "damaged" if newer in damages else "rewound"
-                became = checkpoint_folders.set_aside(self._folder(newer), why)
+                became = checkpoint_folders.set_aside(self._folder(newer))
                 logging.warning(
                     "%s is passed over, and %s is used instead: %s; %s.",
                     self._folder(newer), f"{PREFIX}_{step}",
-                    damages.get(newer, "training goes back before it"), became,
+                    damages[newer], became,
                 )  # fmt: skip
             return ""
 
@@ -332,13 +331,19 @@ class Checkpointer:
         )  # fmt: skip
         fields = bad_numbers.as_saved(abstract_state, list(flatten(saved))).as_tree()
         _check_same_optimizer(flatten(saved), flatten(fields), folder)
-        restored = checkpoint_writer.state_handler().restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(
-                item=fields,  # pyright: ignore[reportCallIssue]
-                restore_args=ocp.checkpoint_utils.construct_restore_args(fields),  # pyright: ignore[reportCallIssue]
-            ),
+        arguments = ocp.args.PyTreeRestore(
+            item=fields,  # pyright: ignore[reportCallIssue]
+            restore_args=ocp.checkpoint_utils.construct_restore_args(fields),  # pyright: ignore[reportCallIssue]
         )
+        try:
+            restored = checkpoint_writer.state_handler().restore(folder / "state", args=arguments)
+        except ValueError as error:
+            # Parts of an optimizer that hold no arrays: the clamp of logit_scale, frozen names.
+            if "tree structures do not match" not in str(error):
+                raise
+            raise UserError(
+                f"{folder} holds another optimizer's state (its parts are others). {_OPTIMIZER}"
+            ) from error
         state = bad_numbers.as_wanted(train_state.TrainState(**restored), abstract_state)
         return Restored(state, json.loads((folder / "data" / "metadata").read_text()), step)
 
@@ -381,10 +386,12 @@ def locate(path: str) -> tuple[str, int]:
       UserError: there is no complete checkpoint, or the one that is named is damaged.
     """
     path = path.rstrip("/")
-    match = re.fullmatch(rf"{PREFIX}_(\d+)", os.path.basename(path))
+    match = re.fullmatch(rf"{PREFIX}_(0|[1-9]\d*)", os.path.basename(path))
     parent = (os.path.dirname(path) or ".") if match else path
     known = json.loads(
-        agreement.same_for_all("checkpoints_located", lambda: json.dumps(all_steps(parent)))
+        agreement.same_for_all(
+            "checkpoints_located", lambda: json.dumps(checkpoint_folders.steps_there(parent))
+        )
     )
     candidates = [step for step in known if match is None or step == int(match.group(1))]
     step, damages = checkpoint_folders.newest_whole(parent, candidates)
@@ -445,7 +452,7 @@ def _check_same_optimizer(
     if found := _differences(saved, wanted):
         raise UserError(
             f"{folder} holds another optimizer's state ({len(found)} arrays differ: {found[0]}). "
-            "Use another MODEL_DIR with INITIAL_CHECKPOINT_PATH, or the OPTIMIZER that wrote it."
+            f"{_OPTIMIZER}"
         )
 
 

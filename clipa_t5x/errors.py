@@ -1,5 +1,7 @@
 """The error that a user can mend."""
 
+import sys
+
 # Of a line: files of strangers are quoted, and a terminal is to be spared what they may hold.
 _MOST_CHARACTERS = 1400
 _FIRST_CHARACTERS, _LAST_CHARACTERS = 900, 450
@@ -30,6 +32,15 @@ def _printable(line: str) -> str:
 
 class UnsavableError(UserError):
     """A mistake, or misfortune, after which the run's state must not be saved, or cannot be."""
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What reading and writing files raises, local or remote.
+
+    Paths in buckets are read through TensorFlow where it is there; its errors are no OSErrors.
+    """
+    tensorflow = sys.modules.get("tensorflow")
+    return (OSError,) if tensorflow is None else (OSError, tensorflow.errors.OpError)
 
 
 def check_number(name: str, value: object, *, minimum: float, whole: bool = False) -> None:

@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from clipa_t5x import run_summary, wall_time
+from clipa_t5x import errors, run_summary, wall_time
 
 # Since when nothing has accounted for this process's time; see `count_from`.
 _since: float | None = None
@@ -124,7 +124,9 @@ class Recorder:
         try:
             with self._path.open("a") as file:
                 file.write(line.to_json() + "\n")
-        except OSError as error:  # The next line tells all that this one would have.
+        except (
+            errors.storage_errors()
+        ) as error:  # The next line tells all that this one would have.
             logging.warning("Cannot write %s (%s): the run goes on.", self._path, error)
 
     def log_summary(self) -> None:
@@ -133,7 +135,7 @@ class Recorder:
             return
         try:
             lines = wall_time.parse(self._path.read_bytes().decode(errors="replace"))
-        except OSError as error:
+        except errors.storage_errors() as error:
             logging.warning("Cannot read %s (%s).", self._path, error)
         else:
             logging.info("%s", run_summary.format_goodput(wall_time.summarize(lines)))

@@ -29,7 +29,7 @@ from absl import logging
 from etils import epath
 
 from clipa_t5x import checkpoints, processes, run_summary
-from clipa_t5x.errors import UnsavableError, UserError
+from clipa_t5x.errors import UnsavableError, UserError, storage_errors
 
 FOLDER = ".lease"
 PERIOD = 10.0  # Seconds between heartbeats.
@@ -111,7 +111,7 @@ class Claim:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write()
-        except OSError as error:
+        except storage_errors() as error:
             raise UserError(
                 f"MODEL_DIR {self._model_dir} cannot be written ({error}): mend that, or take "
                 "another MODEL_DIR."
@@ -178,7 +178,7 @@ class Claim:
         """
         try:
             taken = not self._own.exists() or any(map(_says_held, self._others().values()))
-        except OSError as error:
+        except storage_errors() as error:
             logging.warning("Cannot look at %s (%s): the run goes on.", self._folder, error)
             return
         if taken:
@@ -205,7 +205,7 @@ class Claim:
                 if not self._own.exists() or self._stopped.is_set():
                     return
                 self._write()
-            except OSError as error:
+            except Exception as error:  # A heartbeat must not end for a hiccup of the storage.
                 logging.warning("Cannot write %s (%s): the run goes on.", self._own, error)
 
     def release(self) -> None:
@@ -215,7 +215,7 @@ class Claim:
             self._thread.join(timeout=self._period)
         try:
             self._own.unlink(missing_ok=True)
-        except OSError as error:
+        except storage_errors() as error:
             logging.warning("Cannot remove %s (%s).", self._own, error)
 
 

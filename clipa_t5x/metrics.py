@@ -15,6 +15,8 @@ from absl import logging
 from clu import metric_writers
 from etils import epath
 
+from clipa_t5x.errors import storage_errors
+
 GROUP_TRAIN = "train"
 
 
@@ -31,7 +33,8 @@ class MetricsWriter:
     """Writes scalars of a group ('train', 'training_eval/<task>', 'inference_eval/<name>').
 
     TensorBoard events lie in a folder per group, T5X's way; `metrics.jsonl` has a line
-    {"step", "group", "time", "values"} for each call. Only process 0 writes.
+    {"step", "group", "time", "values"} for each call. Only process 0 writes. What cannot be
+    written, on a full disk say, is told in the log: a run is not to end for it.
     """
 
     def __init__(self, model_dir: str):
@@ -56,17 +59,35 @@ class MetricsWriter:
         if not self._active:
             return
         scalars = {name: float(value) for name, value in values.items()}
-        self.group(group).write_scalars(step, scalars)
         record = {"step": step, "group": group, "time": time.time(), "values": scalars}
         path = epath.Path(self._model_dir) / "metrics.jsonl"
-        with path.open("a") as f:
-            f.write(json.dumps(record) + "\n")
+        try:
+            with path.open("a") as f:
+                f.write(json.dumps(record) + "\n")
+        except storage_errors() as error:
+            logging.error("Cannot write %s (%s): the run goes on.", path, error)
+        with self._events(group):
+            self.group(group).write_scalars(step, scalars)
+
+    @contextlib.contextmanager
+    def _events(self, group: str) -> Iterator[None]:
+        """Within, TensorBoard events of a group are written; a writer that fails is given up.
+
+        It raises in a later call, and of whatever kind, what failed in its thread.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = str(error.__cause__ or error).splitlines()[0]
+            logging.error("Cannot write events of %s (%s): the run goes on.", group, cause)
+            self._writers.pop(group, None)
 
     def close(self) -> None:
         """Waits until all is written."""
-        for writer in self._writers.values():
-            writer.flush()
-            writer.close()
+        for group, writer in list(self._writers.items()):
+            with self._events(group):
+                writer.flush()
+                writer.close()
         self._writers.clear()
 
 

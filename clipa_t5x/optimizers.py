@@ -90,7 +90,10 @@ def adamw(
         raise UserError(f"MU_DTYPE is {mu_dtype!r}; it must be one of {list(MU_DTYPES)}.")
     check_number("WEIGHT_DECAY", weight_decay, minimum=0)
     clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
-    limit = [clamp_logit_scale(max_logit_scale)] if max_logit_scale else []
+    limit = []
+    if max_logit_scale is not None:
+        check_number("MAX_LOGIT_SCALE", max_logit_scale, minimum=1e-6)
+        limit = [clamp_logit_scale(max_logit_scale)]
     freeze = [optax.masked(optax.set_to_zero(), by_name(frozen))] if frozen else []
     chain = optax.chain(
         *clip,

@@ -141,13 +141,16 @@ class Progress:
         self._writer, self._info = writer, info
         self._supervisor, self._policy = supervisor, policy
         self.clock = metrics.StepClock(supervisor.watchdog.completed)
-        self.restart(0, 0)
+        self._begin(0, 0)
 
     def restart(self, step: int, rewinds: int) -> None:
         """Begins after `step` updates, forgetting what came before."""
+        self._begin(step, rewinds)
+        self._supervisor.recorder.resume(step)
+
+    def _begin(self, step: int, rewinds: int) -> None:
         self._pending: list[trainer_lib.Metrics] = []
         self._logged_step, self._rewinds = step, rewinds
-        self._supervisor.recorder.resume(step)
         self.timer = metrics.StepTimer(step, self._info.total_steps, self._info.batch_size)
 
     def add(self, step_metrics: trainer_lib.Metrics) -> None:
@@ -354,8 +357,10 @@ class TrainLoop:
         self, error: Exception, step: int, state: Any, batches: Any, rewinds: int
     ) -> None:
         """Saves what an error would lose; what fails here must not hide that error."""
-        logging.error("%s after step %d, which is saved.", type(error).__name__, step)
+        name = type(error).__name__
         try:
             self._save(step, state, batches, rewinds, {})
+            self.checkpointer.wait(last=True)
+            logging.error("%s after step %d, which is saved.", name, step)
         except Exception as another:
-            logging.error("Step %d could not be saved: %s", step, another)
+            logging.error("%s after step %d, which cannot be saved: %s", name, step, another)

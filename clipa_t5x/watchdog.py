@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from clipa_t5x import peers
-from clipa_t5x.errors import UserError, check_number
+from clipa_t5x.errors import UserError, check_number, storage_errors
 from clipa_t5x.preemption import RESTART_STATUS
 
 # For a report to be written; storage may be what hangs.
@@ -138,7 +138,7 @@ class Watch:
 def _write(path: epath.Path, text: str) -> None:
     try:
         path.write_text(text)
-    except OSError as error:
+    except storage_errors() as error:
         logging.warning("Cannot write %s (%s).", path, error)
 
 

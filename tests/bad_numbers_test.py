@@ -128,7 +128,7 @@ def test_switched_off_the_step_has_no_trace_of_it(make_trainer):
     off, on = (
         str(each.traced_train_step.jaxpr).count("is_finite") for each in (free, guarded)
     )  # the loss's own logsumexp has some, too
-    assert on - off == 2
+    assert on - off == 3
 
 
 @pytest.mark.parametrize("options", [{"num_devices": 8}, {"num_microbatches": 4}])
@@ -225,9 +225,9 @@ def test_the_threshold_is_so_many_deviations_up():
 def _toy_step(policy):
     """A jitted step on a parameter alone: (state, loss, norm) -> (state, metrics)."""
 
-    def step(state, loss, norm):
+    def step(state, loss, norm, update_norm=1.0):
         after = state.replace(step=state.step + 1, params=state.params + 1.0)
-        metrics = {"loss": loss, "grad_norm": norm}
+        metrics = {"loss": loss, "grad_norm": norm, "update_norm": update_norm}
         return bad_numbers.guard_update(policy, state, after, metrics)
 
     return jax.jit(step)
@@ -279,6 +279,7 @@ def _step(loss=1.0, norm=2.0, in_a_row=0, in_all=0, limit=None):
     values = {
         "loss": loss,
         "grad_norm": norm,
+        "update_norm": 1.0,
         "bad_numbers/in_a_row": in_a_row,
         "bad_numbers/skipped_in_all": in_all,
     }
@@ -298,6 +299,7 @@ def test_means_are_over_the_steps_that_were_applied():
         {
             "loss": 2.0,
             "grad_norm": 2.5,
+            "update_norm": 1.0,
             "bad_numbers/skipped": 2.0,
             "bad_numbers/skipped_in_all": 6.0,
             "bad_numbers/threshold": 4.0,
@@ -436,3 +438,13 @@ def test_without_a_guard_a_checkpoint_holds_no_word_of_it(saved):
         }
     assert set(trees[None]) == {"step", "params", "opt_state", "rng"}
     assert set(trees[SPIKES]) == {"step", "params", "opt_state", "rng", "guard"}
+
+
+def test_an_update_that_is_not_finite_is_held_back():
+    """Of a gradient that is: a learning rate beyond all measure."""
+    step = _toy_step(POLICY("skip"))
+    state, metrics = step(_toy_state(), 1.0, 1.0, math.inf)
+    assert float(state.params) == 0 and float(metrics["bad_numbers/in_a_row"]) == 1
+    values = {**_step(in_a_row=1, in_all=1), "update_norm": np.float32(math.inf)}
+    verdict = bad_numbers.judge(POLICY("skip"), 3, [values])
+    assert "the update_norm is inf at step 3" in verdict.notice

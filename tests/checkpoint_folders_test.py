@@ -140,7 +140,7 @@ def test_the_newest_whole_one_is_found(tmp_path):
 
 def test_setting_aside_loses_nothing(tmp_path):
     folder = make(tmp_path, 2)
-    became = checkpoint_folders.set_aside(folder, "damaged")
+    became = checkpoint_folders.set_aside(folder)
     (aside,) = tmp_path.iterdir()
     assert aside.name.startswith("checkpoint_2.damaged-") and aside.name in became
     assert (aside / "state" / "array").read_bytes() == bytes(100)

@@ -130,3 +130,26 @@ def test_each_file_is_one_processes_work(folder):
                 found.append(str(error))
         assert len(found) == 1 and found[0].startswith(f"{name} has crc32c")
         path.write_bytes(whole)
+
+
+def resealed(folder, change):
+    """Writes a manifest anew, with a checksum that fits."""
+    body = checkpoint_manifest.read(folder)
+    change(body)
+    (folder / checkpoint_manifest.FILE).write_text(checkpoint_manifest._text(body))
+
+
+@pytest.mark.parametrize("change", [
+    lambda body: body.pop("step"),
+    lambda body: body.pop("files"),
+    lambda body: body.update(files=[]),
+    lambda body: body.update(metrics=None),
+    lambda body: next(iter(body["files"].values())).pop("size"),
+    lambda body: body["files"].update({"../elsewhere": {"size": 1, "crc32c": "0"}}),
+    lambda body: body["files"].popitem(),
+    lambda body: body["files"].clear(),
+])  # fmt: skip
+def test_a_manifest_that_does_not_say_all_is_damage(folder, change):
+    resealed(folder, change)
+    with pytest.raises(checkpoint_manifest.DamageError, match="manifest.json|missing"):
+        checkpoint_manifest.check(folder, 6)

@@ -296,19 +296,19 @@ def test_orbax_alone_reads_a_checkpoint(saved, state):
 
 
 def test_going_back(tmp_path):
-    """Waits for the save that is under way; what is given up can be saved anew."""
+    """Waits for the save that is under way; what is damaged can be saved anew."""
     checkpointer = checkpoints.Checkpointer(str(tmp_path), checkpoints.SaveCheckpointConfig())
     states = {step: small_state(seed=step, step=step) for step in (2, 4, 6)}
     for step, state in states.items():
         checkpointer.save(step, state, {"next": step})
-    restored = checkpointer.restore(abstract(states[2]), before_step=7)
+    restored = checkpointer.restore(abstract(states[2]))
     assert restored.step == 6 and restored.data_state == {"next": 6}
-    restored = checkpointer.restore(abstract(states[2]), before_step=6)
+    (tmp_path / "checkpoint_6" / "config" / "metadata").write_text("other")
+    restored = checkpointer.restore(abstract(states[2]))
     assert_same(restored.state, states[4])
-    assert len(list(tmp_path.glob("checkpoint_6.rewound-*"))) == 1
+    assert len(list(tmp_path.glob("checkpoint_6.damaged-*"))) == 1
     checkpointer.save(6, states[2], {"next": 60})
     assert checkpointer.restore(abstract(states[2])).data_state == {"next": 60}
-    assert checkpointer.restore(abstract(states[2]), before_step=2) is None
     checkpointer.close()
     assert checkpoints.all_steps(str(tmp_path)) == [2, 4, 6]
 
@@ -434,3 +434,56 @@ def test_saved_params_reads_no_array(saved, trainer, monkeypatch):
     assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
         name: (x.shape, x.dtype) for name, x in wanted.items()
     }
+
+
+def test_what_the_storage_does_not_give_is_not_passed_over(tmp_path, monkeypatch):
+    """It may be whole: the run is refused, and the checkpoint stays as it is."""
+    monkeypatch.setattr(checkpoint_manifest, "_PAUSE_SECONDS", 0.0)
+    save(tmp_path, small_state(), 2, 4)
+    path = tmp_path / "checkpoint_4" / "data" / "metadata"
+    path.rename(tmp_path / "kept")
+    path.symlink_to("/proc/self/mem")  # Reading it is an input/output error.
+    one_line_error(
+        lambda: restore(tmp_path, abstract(small_state())),
+        "checkpoint_4", "data/metadata cannot be read (Input/output error)", "Mend the storage",
+    )  # fmt: skip
+    path.unlink()
+    (tmp_path / "kept").rename(path)
+    assert restore(tmp_path, abstract(small_state())).step == 4
+
+
+def test_readers_tell_of_a_checkpoint_without_a_manifest(tmp_path, caplog):
+    save(tmp_path, small_state(), 2, 4)
+    (tmp_path / "checkpoint_4" / "manifest.json").unlink()
+    assert checkpoints.locate(str(tmp_path)) == (str(tmp_path), 2)
+    assert "checkpoint_2 is used instead: manifest.json is missing" in caplog.text
+    one_line_error(
+        lambda: checkpoints.locate(f"{tmp_path}/checkpoint_4"), "manifest.json is missing"
+    )
+
+
+def test_parts_of_an_optimizer_without_arrays_are_told_of(tmp_path, make_trainer):
+    schedule = schedules.warmup_cosine(1e-3, 10)
+    clamped = make_trainer(optimizer=optimizers.adamw(schedule, max_logit_scale=100.0))
+    free = make_trainer(optimizer=optimizers.adamw(schedule))
+    save(tmp_path, filled(clamped), 6)
+    one_line_error(
+        lambda: restore(tmp_path, free.abstract_state),
+        "checkpoint_6", "another optimizer's state", "MAX_LOGIT_SCALE",
+    )  # fmt: skip
+
+
+def test_a_checkpoint_that_cannot_be_removed_fails_no_save(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run", small_state(), 2)
+    (tmp_path / "run" / "checkpoint_2").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoint_2").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path / "run", small_state(), 4, 6, keep=1)
+    assert "cannot be removed" in caplog.text
+    assert checkpoints.locate(f"{tmp_path}/run/checkpoint_6")[1] == 6
+
+
+def test_numbers_are_written_in_one_way(tmp_path):
+    save(tmp_path, small_state(), 2)
+    (tmp_path / "checkpoint_2").rename(tmp_path / "checkpoint_0002")
+    assert restore(tmp_path, abstract(small_state())) is None

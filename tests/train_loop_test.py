@@ -25,6 +25,7 @@ from clipa_t5x import (
     train,
     train_loop,
     trainer,
+    wall_time,
     watchdog,
 )
 from clipa_t5x.data import input_pipeline
@@ -149,6 +150,23 @@ def wait_for_signal(supervisor):
     while not supervisor.stop.requested():
         assert time.monotonic() < until
         time.sleep(0.001)
+
+
+def spent(run):
+    """What the run's records say of its time."""
+    return wall_time.summarize(wall_time.parse((run.model_dir / "goodput.jsonl").read_text()))
+
+
+def test_a_run_that_loses_nothing_has_lost_nothing(make_run):
+    run = make_run()
+    stop_after(run, 4)
+    with pytest.raises(preemption.PreemptedError):
+        run.start()
+    run.train_step = None
+    run.start()
+    summary = spent(run)
+    assert (summary.restarts, summary.rewinds) == (1, 0)
+    assert summary.seconds["lost"] == 0 and summary.seconds["step"] > 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -282,6 +300,7 @@ def test_a_rewound_run_leaves_out_the_bad_data(make_guarded, make_trainer, cfg, 
     state = run.start()
     assert int(state.step) == STEPS and int(state.guard.skipped) == 0
     assert [event for event in run.events if "save" in event] == ["save 2", "save 4", "save 6"]
+    assert spent(run).rewinds == 1
     # A run that was killed right after the rewind comes to the same.
     killed = Run(make_guarded("rewind"), cfg, tmp_path / "killed", log=6)
     killed.model_dir.mkdir()
