@@ -145,6 +145,7 @@ def compile_train_step(
     trainer: trainer_lib.Trainer, start: train_loop.Start, supervisor: supervision.Supervisor
 ) -> Callable[..., Any]:
     """Compiles, tells how long it took, and waits until every process is as far."""
+    supervisor.watchdog.beat("finding where to go on")
     absorb_lost_devices(trainer, start)
     begun = time.perf_counter()
     with supervisor.recorder.phase("compile"):

@@ -236,18 +236,26 @@ class TrainLoop:
           PreemptedError: the run was asked to stop; its state is saved.
           BadNumbersError: it diverged; nothing of that is saved.
         """
-        logging.info("Training steps %d to %d.", start.step + 1, self.periods.total)
+        if start.step < self.periods.total:
+            logging.info("Training steps %d to %d.", start.step + 1, self.periods.total)
         with contextlib.closing(self.progress.clock), self.supervisor.recorder.phase("step"):
             try:
                 state = self._run_with_rewinds(start)
             except Exception:
                 # A save that is under way is worth waiting for; the error that ends the run is not
                 # to be hidden by what becomes of it.
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception), self.supervisor.recorder.phase("checkpoint"):
                     self.checkpointer.wait()
                 raise
-            self.checkpointer.close()
+            self._close_checkpointer()
+            # Asked to while the last save was under way: no next stage is to begin.
+            if self.supervisor.stop.requested():
+                raise preemption.PreemptedError(self.periods.total)
             return state
+
+    def _close_checkpointer(self) -> None:
+        with self.supervisor.recorder.phase("checkpoint"):
+            self.checkpointer.close()
 
     def _run_with_rewinds(self, start: Start) -> train_state.TrainState:
         while True:
@@ -305,7 +313,7 @@ class TrainLoop:
         if stopping or self.checkpointer.is_due(step, self.periods.total):
             self._save(step, state, batches, rewinds, results)
         if stopping:
-            self.checkpointer.close()
+            self._close_checkpointer()
             raise preemption.PreemptedError(step)
 
     def _evaluate(self, step: int, state: train_state.TrainState) -> dict[str, float]:

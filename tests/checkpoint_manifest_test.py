@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -153,3 +154,20 @@ def test_a_manifest_that_does_not_say_all_is_damage(folder, change):
     resealed(folder, change)
     with pytest.raises(checkpoint_manifest.DamageError, match="manifest.json|missing"):
         checkpoint_manifest.check(folder, 6)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "elsewhere"])
+def test_what_is_no_plain_file_is_not_read(folder, kind):
+    path = folder / "data" / "empty"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        os.symlink("/dev/zero", path)
+    else:
+        resealed(
+            folder,
+            lambda body: body["files"].update({"/dev/zero": body["files"].pop("data/empty")}),
+        )
+    with pytest.raises(DamageError, match="data/empty is no plain file|/dev/zero is missing"):
+        checkpoint_manifest.check(folder, 8)

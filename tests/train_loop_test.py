@@ -342,3 +342,19 @@ def test_a_run_that_goes_on_with_fewer_devices(make_trainer, cfg, tmp_path):
         name = jax.tree_util.keystr(path)
         if "key" not in name or "bias" not in name:  # A softmax does not feel its keys' bias.
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_request_while_the_last_save_is_under_way_is_heard(make_run):
+    """Or a schedule would begin its next stage."""
+    run = make_run()
+
+    def evaluate(supervisor, step, params, last):
+        if last:
+            os.kill(os.getpid(), signal.SIGTERM)  # Heard of after this evaluation, or later.
+        return {}
+
+    run.evaluate = evaluate
+    with pytest.raises(preemption.PreemptedError, match=f"after step {STEPS}"):
+        run.start()
+    run.evaluate = lambda *args: {}
+    assert int(run.start().step) == STEPS
