@@ -174,7 +174,9 @@ def check(folder: epath.Path, step: int, part: int = 0, parts: int = 1) -> None:
 
 
 def _damage(folder: epath.Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    if not (folder / name).is_file():  # Pipes would be waited for, and devices never end.
+    if not is_remote(folder) and not os.path.isfile(
+        folder / name
+    ):  # Pipes would be waited for, and devices never end.
         return f"{name} is no plain file"
     size, checksum = _persistently(name, lambda: _sum(folder / name))
     if size != expected["size"]:

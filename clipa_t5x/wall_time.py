@@ -202,6 +202,8 @@ class _Account:
             first = line.resumed_from
         if line.step > first:
             self._stretches.append(_Stretch(first, line.step, of_steps))
+        elif line.ended and line.resumes == before.resumes:  # After the last step, in good order.
+            self._seconds["other"] += sum(of_steps.values())
         else:  # Steps that were not told of before a rewind or a failure.
             self._seconds["lost"] += sum(of_steps.values())
 

@@ -192,7 +192,7 @@ def test_a_diverged_run_stops_and_saves_no_such_parameters(tmp_path):
     """Also where metrics are not yet due when the checkpoint is."""
     macros = overrides(tmp_path / "run", TRAIN_STEPS=30, LEARNING_RATE=1e30, LOG_PERIOD=30,
                        CHECKPOINT_PERIOD=1)  # fmt: skip
-    with pytest.raises(UserError, match="is (nan|inf) at step .* diverged"):
+    with pytest.raises(UserError, match="is (nan|inf) at step"):
         experiments.train("digits_stage1", *macros)
     for path in (tmp_path / "run").glob("checkpoint_*"):
         state = experiments.saved_state(tmp_path / "run", int(path.name.split("_")[1]))

@@ -150,7 +150,9 @@ def test_categories_sum_to_wall_time(seed):
         for start in {each.start for each in lines}
         for name in OF_STEPS
     )
-    assert kept <= spent + 1e-6 <= kept + summary.seconds["lost"] + 2e-6
+    # What comes after a start's last step is no step's.
+    elsewhere = summary.seconds["lost"] + summary.seconds["other"]
+    assert kept <= spent + 1e-6 <= kept + elsewhere + 2e-6
     doubled = wall_time.summarize([each for each in lines for _ in range(2)])
     assert doubled.seconds == pytest.approx(summary.seconds)
 

@@ -69,7 +69,8 @@ class Snapshot:
 
 def _children(folder: pathlib.Path, prefix: str) -> list[pathlib.Path]:
     names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(folder / name for name in names if name.startswith(prefix))
+    paths = (folder / name for name in names if name.startswith(prefix))
+    return sorted(path for path in paths if path.is_dir())
 
 
 def _records(path: pathlib.Path) -> Iterator[dict]:
@@ -170,16 +171,25 @@ class Run:
             assert process.wait(timeout) == 0, self.log(i)[-4000:]
 
     def kill(
-        self, moment: str, rng: random.Random, with_signal: str = "SIGKILL", timeout: float = 300
+        self,
+        moment: str,
+        rng: random.Random,
+        with_signal: str = "SIGKILL",
+        timeout: float = 300,
+        within: float = math.inf,
     ) -> Kill | None:
         """Starts, and kills one process at a moment; the others have `timeout` seconds to end.
+
+        Where the moment lasts longer than `within` seconds, it is taken to last so long.
 
         Returns:
           What happened; None where the run was done before the moment came.
         """
         before = Snapshot.of(self.model_dir)
         processes = self._start()
-        if not self._wait_for(MOMENTS[moment], before, processes, rng):
+        chosen = MOMENTS[moment]
+        chosen = Moment(chosen.seen, min(chosen.seconds, within))
+        if not self._wait_for(chosen, before, processes, rng):
             for i, process in enumerate(processes):
                 assert process.wait(timeout) == 0, self.log(i)[-4000:]
             return None
