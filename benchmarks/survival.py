@@ -58,6 +58,7 @@ class Case:
             "schedule",
             f"--gin_file={gin}/shapes.gin",
             "--peer_timeout_seconds=30",
+            "--join_timeout_seconds=60",
             *(f"--gin_bindings={binding}" for binding in bindings),
         )
         return killing.Run(command, model_dir, str(self._workspace), self._num_processes)

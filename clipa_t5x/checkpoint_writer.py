@@ -2,9 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import sys
 import threading
@@ -23,8 +25,8 @@ from clipa_t5x import (
     train_state,
 )
 
-# Where all cores are busy, a save gets a tenth of what a thread of the train step does.
-_NICENESS = 10
+# Where all cores are busy, a save gets what the threads of the train step leave.
+_NICENESS = 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +86,7 @@ class CheckpointWriter:
         """Writes nothing yet; `best_metric` is what `retention` ranks by."""
         self._model_dir, self._retention, self._best_metric = model_dir, retention, best_metric
         self._handler = state_handler()
-        self._worker = concurrent.futures.ThreadPoolExecutor(
-            1, "checkpoint", initializer=_yield_to_training
-        )
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[str] | None = None
 
     def start(
@@ -140,6 +140,7 @@ class CheckpointWriter:
 
         In a thread, for asyncio runs in none that has an event loop, as notebooks do.
         """
+        _yield_to_training()
         save = self._handler.async_save(
             self._folder(step) / "state",
             args=ocp.args.PyTreeSave(state.as_tree()),  # pyright: ignore[reportCallIssue]
@@ -195,10 +196,16 @@ class CheckpointWriter:
 def _yield_to_training() -> None:
     """Leaves the processor to the train step and the input pipeline where they want it.
 
-    Threads inherit this from the one that starts them: TensorStore's do.
+    TensorStore's threads write for all who use it: they inherit this from the thread that first
+    uses it, which is another one where a checkpoint has been restored.
     """
-    if sys.platform == "linux":  # Elsewhere it would be the whole process.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    if sys.platform != "linux":  # Elsewhere it would be the whole process.
+        return
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # It has ended.
+            if (task / "comm").read_text().startswith("ts_"):
+                os.setpriority(os.PRIO_PROCESS, int(task.name), _NICENESS)
 
 
 def _attempt(action: Callable[[], Any]) -> str:

@@ -136,6 +136,13 @@ flags.DEFINE_integer(
     lower_bound=10,
     flag_values=_FLAGS,
 )
+flags.DEFINE_integer(
+    "join_timeout_seconds",
+    300,
+    "Seconds that a process of several waits for the others to begin.",
+    lower_bound=10,
+    flag_values=_FLAGS,
+)
 flags.DEFINE_boolean(
     "multiprocess", False, "Join the processes that the platform announces (TPU pods, SLURM).",
     flag_values=_FLAGS,
@@ -291,7 +298,11 @@ def start_processes() -> None:
         )
     keep_cpu_collectives_in_order()
     timeout = _FLAGS.peer_timeout_seconds
-    jax.distributed.initialize(*given, heartbeat_timeout_seconds=peers.service_timeout(timeout))
+    jax.distributed.initialize(
+        *given,
+        initialization_timeout=_FLAGS.join_timeout_seconds,
+        heartbeat_timeout_seconds=peers.service_timeout(timeout),
+    )
     preemption.take_back_sigterm()
     peers.watch(timeout)
 

@@ -4,7 +4,13 @@ import experiments
 import numpy as np
 import pytest
 
-MACROS = {"TRAIN_STEPS": 8, "CHECKPOINT_PERIOD": 2, "EVAL_PERIOD": 8, "IMAGE_MASK_RATIO": 0.5}
+MACROS = {
+    "TRAIN_STEPS": 8,
+    "CHECKPOINT_PERIOD": 2,
+    "KEEP_CHECKPOINTS": None,
+    "EVAL_PERIOD": 8,
+    "IMAGE_MASK_RATIO": 0.5,
+}
 
 
 def command(model_dir):

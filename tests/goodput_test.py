@@ -49,7 +49,8 @@ def test_a_run_and_its_resumption(tmp_path):
     recorder.resume(15)
     recorder.close()
     again = summary(tmp_path)
-    assert (again.restarts, again.seconds["down"] >= 0.1) == (1, True)
+    assert again.restarts == 1
+    assert again.seconds["down"] >= 0.098  # Moments are written to the millisecond.
     ten, twenty = (line.seconds for line in lines(tmp_path)[1:3])
     stretch = sum(twenty[name] - ten[name] for name in ("step", "data_wait"))
     assert again.seconds["lost"] == pytest.approx(stretch / 2)

@@ -31,6 +31,7 @@ def make_run(workspace, tmp_path_factory):
             "train",
             f"--gin_file={experiments.GIN}/digits_stage1.gin",
             "--peer_timeout_seconds=15",
+            "--join_timeout_seconds=30",
             *(f"--gin_bindings={binding}" for binding in bindings),
         )
         return killing.Run(command, model_dir, workspace, num_processes, optimized=False)
@@ -66,7 +67,7 @@ def test_the_survivor_of_two_processes_ends_and_the_run_goes_on(make_run):
         if kill is None:
             break
         assert sorted(kill.statuses)[0] == -9 and set(kill.statuses) - {-9} <= {75, -6, 134}
-        assert kill.seconds < 45
+        assert kill.seconds < 60
     else:
         run.finish()
     assert_same_end(run, whole, 40)
