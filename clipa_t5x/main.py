@@ -29,7 +29,7 @@ from clipa_t5x import (
 ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
-GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark")
+GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark", "export")
 # Those that go on where they were.
 RESTARTABLE_VERBS = ("train", "schedule")
 PLAIN_VERBS = {
@@ -70,7 +70,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval: a MODEL_DIR or a checkpoint_<step> folder; default: the newest in MODEL_DIR.",
+    "eval, export: a MODEL_DIR, a checkpoint_<step> folder or a file of weights; default: the newest "
+    "checkpoint in MODEL_DIR.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_boolean(
@@ -79,6 +80,27 @@ flags.DEFINE_boolean(
     "train, schedule: go on where a run's recipe is not the one that trained it so far.",
     flag_values=_FLAGS,
 )
+flags.DEFINE_enum(
+    "format",
+    "open_clip",
+    ["open_clip", "clipa", "stablehlo"],
+    "export: a folder that OpenCLIP and Hugging Face load, CLIPA's .npz, or both towers as StableHLO "
+    "that jax alone runs.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string("output_dir", None, "export: where to.", flag_values=_FLAGS)
+flags.DEFINE_integer(
+    "probe_rows", 4, "export: images and texts embedded before and after, to compare; 0 for none, "
+    "so that no more than one parameter is in memory at a time.", lower_bound=0, flag_values=_FLAGS,
+)  # fmt: skip
+flags.DEFINE_boolean(
+    "verify", False, "export: end with status 2 where embeddings differ beyond --tolerance.",
+    flag_values=_FLAGS,
+)  # fmt: skip
+flags.DEFINE_float(
+    "tolerance", 1e-5, "export: largest difference of an embedding's numbers.", lower_bound=0.0,
+    flag_values=_FLAGS,
+)  # fmt: skip
 flags.DEFINE_string(
     "topology",
     None,
@@ -238,6 +260,7 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
         "schedule": _schedule,
         "precompile": _precompile,
         "benchmark": _benchmark,
+        "export": _export,
     }
     verbs[verb]()
 
@@ -356,6 +379,23 @@ def _eval() -> None:
 
     parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
     eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
+
+
+def _export() -> None:
+    from clipa_t5x import export
+
+    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    if not _FLAGS.output_dir:
+        raise errors.UserError("export needs --output_dir=DIR, where the exported files go.")
+    export.export(
+        **gin_utils.build_arguments(ROOT),
+        output_dir=_FLAGS.output_dir,
+        export_format=_FLAGS.format,
+        checkpoint=_FLAGS.checkpoint,
+        probe_rows=_FLAGS.probe_rows,
+        verify=_FLAGS.verify,
+        tolerance=_FLAGS.tolerance,
+    )
 
 
 def _schedule() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -60,12 +60,25 @@ class Checkpoint:
 
     def restore(self, request: Any) -> Any:
         """See `Source`."""
+        return self._restore(request, ocp.checkpoint_utils.construct_restore_args)
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter, whole, in this process's memory."""
+        request: Any = jax.ShapeDtypeStruct(self.saved[name].shape, self.saved[name].dtype)
+        for key in reversed(name.split("/")):
+            request = {key: request}
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        restored = self._restore(request, lambda tree: jax.tree.map(lambda _: as_numpy, tree))
+        (array,) = jax.tree.leaves(restored)
+        return array
+
+    def _restore(self, request: Any, restore_args: Callable[[Any], Any]) -> Any:
         request = {"params": request}
         return checkpoint_writer.state_handler().restore(
             epath.Path(self.path) / "state",
             args=ocp.args.PyTreeRestore(
                 item=request,  # pyright: ignore[reportCallIssue]
-                restore_args=ocp.checkpoint_utils.construct_restore_args(request),  # pyright: ignore[reportCallIssue]
+                restore_args=restore_args(request),  # pyright: ignore[reportCallIssue]
                 partial_restore=True,  # pyright: ignore[reportCallIssue]
             ),
         )["params"]

@@ -242,3 +242,13 @@ def get_source(name: str) -> sources.PositionalSource:
     found, _ = _registered(name)
     source: Any = found
     return mixtures.source_of(source) if isinstance(found, seqio.Mixture) else source.source
+
+
+def image_preprocessor(name: str) -> preprocessors.ImagePreprocessor:
+    """What a registered task makes of images.
+
+    Raises:
+      UserError: as `get_task`.
+    """
+    decode_images: Any = get_task(name).preprocessors[-1]
+    return decode_images.keywords["image_preprocessor"]

@@ -1,0 +1,217 @@
+"""Weights for others: `python -m clipa_t5x.export --gin_file=MODEL_DIR/config.gin --output_dir=DIR`."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from clipa_t5x import checkpoint_folders, checkpoints, models, stage_handover
+from clipa_t5x.data import input_pipeline, tasks
+from clipa_t5x.errors import UserError
+from clipa_t5x.weights import (
+    array_files,
+    exporting,
+    layouts,
+    open_clip_config,
+    open_clip_peer,
+    parameter_files,
+    parity,
+    serving,
+)
+
+FORMATS = ("open_clip", "clipa", "stablehlo")
+OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+CLIPA_WEIGHTS = "model.npz"
+# What Hugging Face's tokenizer needs to be told besides the vocabulary.
+_TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+
+
+def export(
+    *,
+    model: models.ClipModel,
+    train_dataset_cfg: input_pipeline.DatasetConfig,
+    train_eval_dataset_cfg: input_pipeline.DatasetConfig | None,
+    model_dir: str,
+    output_dir: str,
+    export_format: str = "open_clip",
+    checkpoint: str | None = None,
+    probe_rows: int = 4,
+    verify: bool = False,
+    tolerance: float = parity.TOLERANCE,
+    **_: Any,
+) -> dict[str, Any]:
+    """Writes a run's parameters in another project's layout, with `parity.json` beside them.
+
+    Parameters are read, laid out and written one by one; only the comparison of embeddings has all
+    of them in memory.
+
+    Args:
+      model: as for `train.train`.
+      train_dataset_cfg: as for `train.train`; its feature lengths are the export's image size and
+        text length.
+      train_eval_dataset_cfg: as for `train.train`; how evaluation resizes images is exported.
+      model_dir: of the run.
+      output_dir: where to; local or remote.
+      export_format: 'open_clip' (a folder for `local-dir:` and Hugging Face), 'clipa' (`.npz`) or
+        'stablehlo' (both towers, for jax alone).
+      checkpoint: as for `eval.evaluate`; None takes the newest in `model_dir`.
+      probe_rows: images and texts that are embedded before and after; 0 compares checksums only.
+      verify: whether embeddings that differ are an error.
+      tolerance: see `parity.certificate`.
+      **_: the other arguments of `train.train`, which are not used.
+
+    Returns:
+      What `parity.json` holds.
+
+    Raises:
+      UserError: there is no such checkpoint, the format has no place for the model, or embeddings
+        differ and `verify` is set.
+    """
+    lengths = train_dataset_cfg.task_feature_lengths
+    abstract_params = _abstract_params(model, train_dataset_cfg)
+    eval_cfg = train_eval_dataset_cfg or train_dataset_cfg
+    job = _Export(
+        model, checkpoints.flatten(abstract_params), lengths["images"], lengths["text"], eval_cfg,
+        output_dir,
+    )  # fmt: skip
+    write = {
+        "open_clip": job.open_clip, "clipa": job.clipa, "stablehlo": job.stablehlo,
+    }[export_format]  # fmt: skip
+    with _reading(checkpoint or model_dir, job.shapes) as (read, source):
+        epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
+        parameters, target = write(read)
+        compared = _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
+    found = parity.certificate(
+        source=source, target=target, layout=export_format, parameters=parameters,
+        tolerance=tolerance, **compared,
+    )  # fmt: skip
+    logging.info("Exported %s to %s: %s.", source, target, parity.write(output_dir, found))
+    if verify and not found["passed"]:
+        raise UserError(
+            f"{target} is not what it comes from, {source}: {parity.summary(found)} "
+            f"(--tolerance). See {os.path.join(output_dir, parity.FILE)}."
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """What is exported, and where to; a method for each format returns (parameters, target)."""
+
+    model: models.ClipModel
+    shapes: Mapping[str, Any]
+    image_size: int
+    text_length: int
+    eval_cfg: input_pipeline.DatasetConfig
+    output_dir: str
+
+    def open_clip(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        config = open_clip_config.config(
+            self.model, self.image_size, self.text_length, self._resize_mode()
+        )
+        tables = exporting.fixed_tables(self.model, self.image_size, self.text_length)
+        tensors = layouts.open_clip(self._unstacked(tables))
+        vocabulary = tasks.get_task(self.eval_cfg.mixture_or_task_name).output_features["text"]
+        vocab: Any = vocabulary.vocabulary
+        pieces = vocab.pieces
+        folder = epath.Path(self.output_dir)
+        parameters = self._write(OPEN_CLIP_WEIGHTS, tensors, read, tables)
+        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+        (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG) + "\n")
+        return parameters, self.output_dir
+
+    def clipa(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        tensors = layouts.clipa(self._unstacked({}))
+        parameters = self._write(CLIPA_WEIGHTS, tensors, read, {}, parameter_files.PREFIX)
+        return parameters, os.path.join(self.output_dir, CLIPA_WEIGHTS)
+
+    def stablehlo(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        parameters = serving.write(
+            self.output_dir, self.model, self.shapes, read, self.image_size, self.text_length
+        )
+        return parameters, self.output_dir
+
+    def _unstacked(self, tables: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+        shapes = layouts.unstacked({name: leaf.shape for name, leaf in self.shapes.items()})
+        return {**shapes, **{name: table.shape for name, table in tables.items()}}
+
+    def _write(
+        self,
+        name: str,
+        tensors: Sequence[layouts.Tensor],
+        read: exporting.Read,
+        tables: Mapping[str, np.ndarray],
+        prefix: str = "",
+    ) -> dict[str, Any]:
+        shapes = {name: leaf.shape for name, leaf in self.shapes.items()}
+        path = os.path.join(self.output_dir, name)
+        return exporting.write(path, tensors, read, shapes, tables, prefix)
+
+    def _resize_mode(self) -> str:
+        preprocessor: Any = tasks.image_preprocessor(self.eval_cfg.mixture_or_task_name)
+        name = getattr(inspect.unwrap(preprocessor), "__name__", type(preprocessor).__name__)
+        if name not in open_clip_config.RESIZE_MODES:
+            raise UserError(
+                f"images are evaluated by {name}, and OpenCLIP's preprocessing is "
+                f"{' or '.join(open_clip_config.RESIZE_MODES)}: set "
+                "--gin.EVAL_IMAGE_PREPROCESSOR=@preprocessors.squash and TRAIN_EVAL_DATASET."
+            )
+        return open_clip_config.RESIZE_MODES[name]
+
+
+def _abstract_params(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> Any:
+    batch = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in cfg.batch_spec().items()}
+    return nn.unbox(jax.eval_shape(lambda: models.init_params(model, jax.random.key(0), batch)))
+
+
+@contextlib.contextmanager
+def _reading(path: str, wanted: Mapping[str, Any]) -> Iterator[tuple[exporting.Read, str]]:
+    """(function that reads a parameter by name, where they come from)."""
+    remedy = "Give a checkpoint of this model (--checkpoint)."
+    with contextlib.ExitStack() as stack:
+        if array_files.is_file(path):
+            file = stack.enter_context(parameter_files.open_parameters(path))
+            checkpoints.check_same_parameters(file.saved, wanted, path, remedy)
+            yield lambda name: file.saved[name].read(), path
+            return
+        model_dir, step = checkpoints.locate(path)
+        folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
+        checkpoint = stage_handover.Checkpoint(folder, checkpoints.saved_params(model_dir, step))
+        checkpoints.check_same_parameters(checkpoint.saved, wanted, folder, remedy)
+        yield checkpoint.read, folder
+
+
+def _compare(
+    job: _Export, read: exporting.Read, export_format: str, target: str, rows: int
+) -> dict[str, Any]:
+    """Embeddings of a probe by the parameters before, and by whoever reads the export."""
+    batch = parity.probe(rows, job.image_size, job.text_length, job.model.text_tower.vocab_size)
+    before = parity.embed(job.model, layouts.nested({n: read(n) for n in job.shapes}), batch)
+    peer = open_clip_peer.version() if export_format == "open_clip" else None
+    if export_format == "stablehlo":
+        after, compared_with = serving.embed(target, batch), f"jax.export, jax {jax.__version__}"
+    elif peer and "://" not in target:
+        after, compared_with = open_clip_peer.embed(target, batch), peer
+    else:
+        name = OPEN_CLIP_WEIGHTS if export_format == "open_clip" else ""
+        with parameter_files.open_parameters(os.path.join(target, name), job.shapes) as file:
+            params = layouts.nested({n: file.saved[n].read() for n in job.shapes})
+        after, compared_with = parity.embed(job.model, params, batch), "this package, read again"
+    return {"batch": batch, "before": before, "after": after, "compared_with": compared_with}
+
+
+if __name__ == "__main__":
+    from clipa_t5x import main
+
+    main.run("export")

@@ -1,0 +1,44 @@
+"""An exported folder as the real OpenCLIP sees it, where it is installed (extra `interop`)."""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from clipa_t5x.weights import parity
+
+
+def version() -> str | None:
+    """'open_clip 3.3.0', or None where it is not there or does not start."""
+    if importlib.util.find_spec("open_clip") is None:
+        return None
+    try:
+        import open_clip
+    except Exception as error:  # It starts torch, torchvision, timm and more, each in its own way.
+        logging.warning(
+            "open_clip is installed and cannot be imported (%s: %s).", type(error).__name__, error
+        )
+        return None
+    return f"open_clip {open_clip.__version__}"
+
+
+def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:
+    """Loads a local folder as any user of OpenCLIP does, and embeds a probe in float32.
+
+    Images are scaled as the folder's own preprocessing says, not resized.
+    """
+    import open_clip
+    import torch
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    scale: Any = preprocess.transforms[-1]  # pyright: ignore[reportAttributeAccessIssue]
+    model.eval()
+    with torch.no_grad():
+        images = torch.from_numpy(np.moveaxis(batch.images, -1, 1).copy()).float() / 255
+        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        embeddings = (
+            model.encode_image(scale(images), normalize=True),
+            model.encode_text(ids, normalize=True),
+        )
+    return parity.Embeddings(*(each.numpy() for each in embeddings))
