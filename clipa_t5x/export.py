@@ -19,7 +19,7 @@ from clipa_t5x import checkpoint_folders, checkpoints, models, stage_handover
 from clipa_t5x.data import input_pipeline, tasks
 from clipa_t5x.errors import UserError
 from clipa_t5x.weights import (
-    array_files,
+    array_sources,
     exporting,
     layouts,
     open_clip_config,
@@ -180,8 +180,8 @@ def _reading(path: str, wanted: Mapping[str, Any]) -> Iterator[tuple[exporting.R
     """(function that reads a parameter by name, where they come from)."""
     remedy = "Give a checkpoint of this model (--checkpoint)."
     with contextlib.ExitStack() as stack:
-        if array_files.is_file(path):
-            file = stack.enter_context(parameter_files.open_parameters(path))
+        if array_sources.is_source(path):
+            file = stack.enter_context(parameter_files.open_parameters(path, wanted))
             checkpoints.check_same_parameters(file.saved, wanted, path, remedy)
             yield lambda name: file.saved[name].read(), path
             return
@@ -204,8 +204,9 @@ def _compare(
     elif peer and "://" not in target:
         after, compared_with = open_clip_peer.embed(target, batch), peer
     else:
-        name = OPEN_CLIP_WEIGHTS if export_format == "open_clip" else ""
-        with parameter_files.open_parameters(os.path.join(target, name), job.shapes) as file:
+        is_folder = export_format == "open_clip"
+        path = os.path.join(target, OPEN_CLIP_WEIGHTS) if is_folder else target
+        with parameter_files.open_parameters(path, job.shapes) as file:
             params = layouts.nested({n: file.saved[n].read() for n in job.shapes})
         after, compared_with = parity.embed(job.model, params, batch), "this package, read again"
     return {"batch": batch, "before": before, "after": after, "compared_with": compared_with}
