@@ -30,7 +30,7 @@ def keep_accelerators_for_jax() -> None:
 
 
 # What goes to devices; captions and the like stay with the host.
-DEVICE_FEATURES = ("images", "text", "label", "weights", "augment_keys")
+DEVICE_FEATURES = ("images", "text", "texts", "label", "labels", "weights", "augment_keys")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,9 @@ class DatasetConfig:
         if self.max_examples is not None:
             check_number("EVAL_EXAMPLES", self.max_examples, minimum=1, whole=True)
         num_examples(self)
-        text = tasks.get_task(self.mixture_or_task_name).output_features.get("text")
-        if isinstance(text, preprocessors.TextFeature):
-            text.check()
+        for feature in tasks.get_task(self.mixture_or_task_name).output_features.values():
+            if isinstance(feature, preprocessors.TextFeature):
+                feature.check()
 
     def _feature_length(self, key: str) -> int:
         length = self.task_feature_lengths.get(key)
