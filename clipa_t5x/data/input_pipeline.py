@@ -141,6 +141,11 @@ def num_examples(cfg: DatasetConfig) -> int:
     return min(count, cfg.max_examples or count)
 
 
+def num_classes(cfg: DatasetConfig) -> int | None:
+    """How many classes the labels tell apart, where the data themselves say so."""
+    return tasks.get_source(cfg.mixture_or_task_name).num_classes()
+
+
 class TrainIterator:
     """Endless global batches; prepared ahead in a thread.
 

@@ -336,7 +336,7 @@ def tokenize_captions(
             texts, seeds = _captions(texts, seeds, max_captions)
         ids = tokenize(texts, feature.vocabulary, length, feature.reduction, seeds)
         if max_captions is not None:
-            ids = tf.where(tf.equal(texts, "")[..., tf.newaxis], 0, ids)
+            ids = tf.where(tf.expand_dims(tf.equal(texts, ""), -1), 0, ids)
         return {**examples, name: tf.ensure_shape(ids, [*texts.shape, length])}
 
     batches = dataset if _is_batched(dataset) else dataset.batch(_TOKENIZED_TOGETHER)
