@@ -146,6 +146,11 @@ def num_classes(cfg: DatasetConfig) -> int | None:
     return tasks.get_source(cfg.mixture_or_task_name).num_classes()
 
 
+def has_all_captions(cfg: DatasetConfig) -> bool:
+    """Whether examples hold several captions of an image, 'texts', instead of one."""
+    return "texts" in tasks.get_task(cfg.mixture_or_task_name).output_features
+
+
 class TrainIterator:
     """Endless global batches; prepared ahead in a thread.
 

@@ -99,7 +99,7 @@ def worst_classes(
         confusions = collections.Counter(taken.tolist()).most_common(_MOST_CONFUSIONS)
         worst.append(
             {
-                "class": label_names[found[place]],
+                "class": label_names[int(found[place])],
                 "examples": int(examples[place]),
                 "correct": int(correct[place]),
                 "confused_with": [
