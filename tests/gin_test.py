@@ -61,3 +61,30 @@ def test_experiments_hold_macros_and_includes_only(experiment):
 
 def test_the_folder_does_not_shadow_the_gin_library():
     assert not list(experiments.GIN.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name, evaluators, bindings", [
+    ("imagenet_variants",
+     ["imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real", "objectnet"],
+     ["KEEP_CLASS_NAME = True", "TFDS_DIR = 'elsewhere'"]),
+    ("imagenet_variants", ["r"], ["EVALUATORS = {'r': @imagenet_r/ZeroShotClassification()}"]),
+    ("retrieval", ["coco", "flickr30k"], ["MAX_CAPTIONS = 3"]),
+    ("few_shot", ["few_shot"], ["SHOTS = (2,)"]),
+    ("clip_benchmark", ["clip_benchmark"], ["CLIP_BENCHMARK_DIR = 'data/vtab_cifar10'"]),
+])  # fmt: skip
+@pytest.mark.parametrize("experiment", ["H14_stage1", "digits_stage3"])
+def test_evaluations_go_with_any_experiment(experiment, name, evaluators, bindings):
+    """Beside the data of training, which they leave as they are."""
+    arguments = []
+    for extra, more in (([], []), ([f"evals/{name}.gin"], bindings)):
+        files = [str(experiments.GIN / file) for file in (f"{experiment}.gin", *extra)]
+        more = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None", *more]
+        gin_utils.parse(files, more, [str(experiments.GIN)], root=experiments.TRAIN)
+        arguments.append(gin_utils.build_arguments(experiments.TRAIN))
+    plain, extended = arguments
+    assert list(extended["evaluators"]) == evaluators
+    for key in ("train_dataset_cfg", "train_eval_dataset_cfg"):
+        assert extended[key] == plain[key]
+    if name == "imagenet_variants":
+        names = [item.dataset_cfg.mixture_or_task_name for item in extended["evaluators"].values()]
+        assert names == (evaluators if len(evaluators) > 1 else ["imagenet_r"])
