@@ -53,15 +53,7 @@ class Retrieval:
         del output_dir
         self.check()
         images, texts, owners = self._embed(params, embed)
-        values: dict[str, float] = {}
-        for name, queries, keys, own in (
-            ("image_to_text", images, texts, lambda found: owners[found] == _column(images)),
-            ("text_to_image", texts, images, lambda found: found == owners[:, None]),
-        ):
-            _, found = similarity.nearest(queries, keys, max(RANKS), embed.layout)
-            hits = own(found)
-            for k in RANKS:
-                values[f"{name}_recall_at_{k}"] = float(hits[:, :k].any(axis=1).mean())
+        values = recalls(images, texts, owners, embed.layout)
         return {**values, "num_images": len(images), "num_captions": len(texts)}
 
     def _embed(
@@ -89,6 +81,28 @@ class Retrieval:
         return np.concatenate(images), np.concatenate(texts), np.concatenate(owners)
 
 
-def _column(values: np.ndarray) -> np.ndarray:
-    """The numbers of rows, [n, 1]."""
-    return np.arange(len(values))[:, None]
+def recalls(
+    images: np.ndarray,
+    texts: np.ndarray,
+    owners: np.ndarray,
+    layout: input_pipeline.BatchLayout,
+) -> dict[str, float]:
+    """Recalls in both directions, see `Retrieval.evaluate`.
+
+    Args:
+      images: float32 [n, joint].
+      texts: float32 [m, joint].
+      owners: int [m], the number of each text's image.
+      layout: whose mesh the work is spread over.
+    """
+    values = {}
+    numbers = np.arange(len(images))
+    for name, queries, keys, query_owners, key_owners in (
+        ("image_to_text", images, texts, numbers, owners),
+        ("text_to_image", texts, images, owners, numbers),
+    ):
+        _, found = similarity.nearest(queries, keys, max(RANKS), layout)
+        hits = key_owners[found] == query_owners[:, None]
+        for k in RANKS:
+            values[f"{name}_recall_at_{k}"] = float(hits[:, :k].any(axis=1).mean())
+    return values
