@@ -6,6 +6,7 @@ import experiments
 import pytest
 
 from clipa_t5x import gin_utils, schedule
+from clipa_t5x.data import input_pipeline
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gin"
 STAGE_FILES = sorted(p.stem for p in experiments.GIN.glob("*_stage*.gin"))
@@ -61,3 +62,37 @@ def test_experiments_hold_macros_and_includes_only(experiment):
 
 def test_the_folder_does_not_shadow_the_gin_library():
     assert not list(experiments.GIN.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name, evaluators, bindings", [
+    ("imagenet_variants",
+     ["imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real", "objectnet"],
+     ["KEEP_CLASS_NAME = True", "TFDS_DIR = 'elsewhere'"]),
+    ("imagenet_variants", ["r"], ["EVALUATORS = {'r': @imagenet_r/ZeroShotClassification()}"]),
+    ("retrieval", ["coco", "flickr30k"], ["MAX_CAPTIONS = 3"]),
+    ("few_shot", ["few_shot"], ["SHOTS = (2,)"]),
+    ("clip_benchmark", ["clip_benchmark"], ["CLIP_BENCHMARK_DIR = 'data/vtab_cifar10'"]),
+])  # fmt: skip
+@pytest.mark.parametrize("base", [
+    experiments.GIN / "digits_stage3.gin", experiments.GIN / "H14_stage1.gin",
+    GOLDENS / "H14_stage1.gin",  # as a run's config.gin
+])  # fmt: skip
+def test_evaluations_go_with_any_experiment(base, name, evaluators, bindings):
+    """Beside the data of training, which they leave as they are."""
+    arguments = []
+    for extra, more in (([], []), ([experiments.GIN / f"evals/{name}.gin"], bindings)):
+        more = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None", *more]
+        files = [str(file) for file in (base, *extra)]
+        gin_utils.parse(files, more, [str(experiments.GIN)], root=experiments.TRAIN)
+        arguments.append(gin_utils.build_arguments(experiments.TRAIN))
+    plain, extended = arguments
+    assert list(extended["evaluators"]) == evaluators
+    for key in ("train_dataset_cfg", "train_eval_dataset_cfg"):
+        assert extended[key] == plain[key]
+    found = [getattr(item, "dataset_cfg", None) for item in extended["evaluators"].values()]
+    names = [cfg.mixture_or_task_name for cfg in found if cfg]
+    expected = {"imagenet_variants": evaluators if len(evaluators) > 1 else ["imagenet_r"],
+                "retrieval": evaluators}  # fmt: skip
+    assert names == expected.get(name, [])
+    if name == "retrieval":
+        assert all(input_pipeline.has_all_captions(cfg) for cfg in found)

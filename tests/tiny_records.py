@@ -26,19 +26,15 @@ def caption(i: int) -> str:
     return f"photo of a {WORDS[i % 3]} {WORDS[3 + i % 2]}s"
 
 
-def records(count: int, **features) -> list[bytes]:
-    """Serialised examples; label i % 5."""
-    return [
-        record_writer.serialize(
-            {
-                **record_writer.image_features(
-                    f"{i:05d}", picture(i), caption(i), {"label": i % 5}
-                ),
-                **features,
-            }
-        )
-        for i in range(count)
-    ]
+def features(i: int, **changes) -> record_writer.Features:
+    """Of example i; label i % 5."""
+    own = record_writer.image_features(f"{i:05d}", picture(i), caption(i), {"label": i % 5})
+    return {**own, **changes}
+
+
+def records(count: int, **changes) -> list[bytes]:
+    """Serialised examples."""
+    return [record_writer.serialize(features(i, **changes)) for i in range(count)]
 
 
 def write(directory, count: int = 13, num_shards: int = 3, split: str = "train") -> str:

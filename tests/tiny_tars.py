@@ -17,6 +17,13 @@ def image(seed, height=40, width=56, kind="JPEG", mode="RGB"):
     return buffer.getvalue()
 
 
+def encode(picture, kind):
+    """A picture, uint8 [height, width, 3], as an encoded image."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind)
+    return buffer.getvalue()
+
+
 def sample(seed):
     """The files of a sample by their suffix."""
     height, width = (40, 56) if seed % 2 else (61, 40)

@@ -5,7 +5,9 @@
     python -m clipa_t5x.data.build shapes --output_dir=data/shapes
 
 And for a vocabulary of one's own, the table that TEXT_REDUCTION = 'syntax' reads:
-`python -m clipa_t5x.data.build tags --vocabulary_path=data/vocab.txt`, see `word_classes`.
+`python -m clipa_t5x.data.build tags --vocabulary_path=data/vocab.txt`, see `word_classes`. Class
+names and templates of ImageNet, of an installed open_clip:
+`python -m clipa_t5x.data.build prompts --output_dir=data`, see `prompt_files`.
 
 This module knows the command line; see `conversion`, `inspection` and `embedded` for the rest.
 """
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipa_t5x.data import embedded, word_classes
+from clipa_t5x.data import embedded, prompt_files, word_classes
 from clipa_t5x.errors import UserError
 
 _LEAST = {"image_size": 8, "seed": 0, "num_workers": 0}
@@ -27,12 +29,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m clipa_t5x.data.build", description="Makes data sets, and looks into them."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{convert,inspect,shapes,digits,tags}"
+        dest="command", required=True, metavar="{convert,inspect,shapes,digits,tags,prompts}"
     )
     _add_convert(commands)
     _add_inspect(commands)
     _add_embedded(commands)
     _add_tags(commands)
+    prompts_parser = commands.add_parser("prompts", help="ImageNet's names and templates")
+    prompts_parser.add_argument("--output_dir", required=True, help="where the text files go")
     return parser
 
 
@@ -143,6 +147,9 @@ def _run(arguments: dict[str, Any]) -> None:
         _inspect(arguments)
     elif name == "tags":
         _tag(**arguments)
+    elif name == "prompts":
+        for path, lines in prompt_files.write(arguments["output_dir"]).items():
+            print(f"{path} is ready: {lines} lines")
     else:
         _build(name, arguments)
 

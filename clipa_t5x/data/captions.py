@@ -52,12 +52,8 @@ def choose(record: Fields, rates: Mapping[str, float], seed: int, index: int) ->
     Raises:
       BadRecord: there is none, or none with a letter in it.
     """
-    texts = {name: texts_of(record.get(name)) for name in rates}
-    present = {name: rates[name] for name in rates if texts[name]}
-    if not present:
-        missing = all(record.get(name) is None for name in rates)
-        reason = "missing caption" if missing else "empty caption"
-        raise BadRecord(reason, " and ".join(map(repr, rates)))
+    texts = _texts(record, rates)
+    present = {name: rates[name] for name in texts}
     (name,) = present if len(present) == 1 else (None,)
     draws = _draws(seed, index) if name is None or len(texts[name]) > 1 else (0.0, 0.0)
     if name is None:
@@ -66,6 +62,50 @@ def choose(record: Fields, rates: Mapping[str, float], seed: int, index: int) ->
         name = list(present)[min(place, len(present) - 1)]
     chosen = texts[name][int(draws[1] * len(texts[name]))]
     return clean(chosen)
+
+
+def every(record: Fields, rates: Mapping[str, float], most: int) -> tuple[bytes, str]:
+    """The first captions of a record, one a line.
+
+    A field with several texts holds a caption in each; the only text of a field holds one a line,
+    as clip_benchmark writes them.
+
+    Args:
+      record: its fields.
+      rates: names of caption fields; those of rate 0 are left out.
+      most: how many are taken at most.
+
+    Returns:
+      (the captions in UTF-8, what was mended of them or '').
+
+    Raises:
+      BadRecord: there is none, or none with a letter in it.
+    """
+    texts = _texts(record, {name: rate for name, rate in rates.items() if rate})
+    found = [t for each in texts.values() for t in (each if len(each) > 1 else _lines(each[0]))]
+    cleaned = [clean(text) for text in found[:most]]
+    # What separates words within a caption does not matter to a tokeniser.
+    lines = [b" ".join(text.split()) for text, _ in cleaned]
+    return b"\n".join(lines), next((mended for _, mended in cleaned if mended), "")
+
+
+def _lines(text: bytes) -> list[bytes]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _texts(record: Fields, rates: Mapping[str, float]) -> dict[str, list[bytes]]:
+    """The texts of a record's caption fields, of those that have any.
+
+    Raises:
+      BadRecord: none has.
+    """
+    texts = {name: texts_of(record.get(name)) for name in rates}
+    present = {name: each for name, each in texts.items() if each}
+    if not present:
+        missing = all(record.get(name) is None for name in rates)
+        reason = "missing caption" if missing else "empty caption"
+        raise BadRecord(reason, " and ".join(map(repr, rates)))
+    return present
 
 
 def _draws(seed: int, index: int) -> tuple[float, float]:

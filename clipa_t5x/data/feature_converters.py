@@ -16,6 +16,8 @@ TEXT = FeatureSpec(dtype=tf.int32, rank=1, sequence_dim=0)
 PASSTHROUGH = {
     "index": FeatureSpec(dtype=tf.int64, rank=0),
     "label": FeatureSpec(dtype=tf.int32, rank=0),
+    "labels": FeatureSpec(dtype=tf.int32, rank=1),
+    "texts": FeatureSpec(dtype=tf.int32, rank=2),
     "caption": FeatureSpec(dtype=tf.string, rank=0),
     "valid": FeatureSpec(dtype=tf.bool, rank=0),
 }
@@ -68,7 +70,8 @@ def convert(
         # Nothing is left to be found out by looking at every example, a tenth of the host's time.
         return ds, converter_cls
     converter = converter_cls(pack=False, passthrough_features=passthrough)
-    return converter(ds, {**lengths, **dict.fromkeys(passthrough, 1)}), converter_cls
+    others = {key: [*present[key].shape, 1][0] for key in passthrough}
+    return converter(ds, {**lengths, **others}), converter_cls
 
 
 def _is_exact(
@@ -78,9 +81,18 @@ def _is_exact(
 ) -> bool:
     """Whether a data set is known to have the features that are wanted, and no others."""
     shapes = {"images": lambda size: [size, size, 3], "text": lambda length: [length]}
-    wanted = {key: (IMAGES if key == "images" else TEXT, shapes[key](n))
-              for key, n in lengths.items()}  # fmt: skip
-    wanted.update({key: (feature, []) for key, feature in passthrough.items()})
+    wanted: dict[str, tuple[FeatureSpec, list[int | None]]] = {
+        key: (IMAGES if key == "images" else TEXT, shapes[key](n)) for key, n in lengths.items()
+    }
+    wanted.update({key: (feature, [None] * feature.rank) for key, feature in passthrough.items()})
     return spec.keys() == wanted.keys() and all(
-        spec[key] == tf.TensorSpec(shape, feature.dtype) for key, (feature, shape) in wanted.items()
+        spec[key].dtype == feature.dtype and _has_shape(spec[key], shape)
+        for key, (feature, shape) in wanted.items()
+    )
+
+
+def _has_shape(spec: tf.TensorSpec, shape: list[int | None]) -> bool:
+    """Whether a tensor is known to have a shape, whose None stands for any dimension."""
+    return spec.shape.rank == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, spec.shape, strict=True)
     )

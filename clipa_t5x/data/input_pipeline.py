@@ -30,7 +30,7 @@ def keep_accelerators_for_jax() -> None:
 
 
 # What goes to devices; captions and the like stay with the host.
-DEVICE_FEATURES = ("images", "text", "label", "weights", "augment_keys")
+DEVICE_FEATURES = ("images", "text", "texts", "label", "labels", "weights", "augment_keys")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,9 @@ class DatasetConfig:
         if self.max_examples is not None:
             check_number("EVAL_EXAMPLES", self.max_examples, minimum=1, whole=True)
         num_examples(self)
-        text = tasks.get_task(self.mixture_or_task_name).output_features.get("text")
-        if isinstance(text, preprocessors.TextFeature):
-            text.check()
+        for feature in tasks.get_task(self.mixture_or_task_name).output_features.values():
+            if isinstance(feature, preprocessors.TextFeature):
+                feature.check()
 
     def _feature_length(self, key: str) -> int:
         length = self.task_feature_lengths.get(key)
@@ -139,6 +139,16 @@ def num_examples(cfg: DatasetConfig) -> int:
     """Examples in one pass over the configured split."""
     count = tasks.get_source(cfg.mixture_or_task_name).num_input_examples(cfg.split)
     return min(count, cfg.max_examples or count)
+
+
+def num_classes(cfg: DatasetConfig) -> int | None:
+    """How many classes the labels tell apart, where the data themselves say so."""
+    return tasks.get_source(cfg.mixture_or_task_name).num_classes()
+
+
+def has_all_captions(cfg: DatasetConfig) -> bool:
+    """Whether examples hold several captions of an image, 'texts', instead of one."""
+    return "texts" in tasks.get_task(cfg.mixture_or_task_name).output_features
 
 
 class TrainIterator:

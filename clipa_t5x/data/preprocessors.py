@@ -314,24 +314,41 @@ def tokenize_captions(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int],
     output_features: Mapping[str, seqio.utils.Feature],
+    *,
+    max_captions: int | None = None,
 ) -> tf.data.Dataset:
     """SeqIO preprocessor: 'text' of 'caption', many captions at a time.
 
+    With `max_captions`, 'texts', int32 [max_captions, length], of the lines of 'caption'; rows of
+    zeros, which no caption has, follow the last.
+
     Takes examples or batches of them, and returns batches: `decode_images` takes them apart.
     """
-    feature: Any = output_features.get("text")
+    name = "text" if max_captions is None else "texts"
+    feature: Any = output_features.get(name)
     if feature is None:
         return dataset
     length = sequence_length["text"]
 
     def convert(examples: Example) -> dict[str, tf.Tensor]:
-        text = tokenize(
-            examples["caption"], feature.vocabulary, length, feature.reduction, examples["seed"]
-        )
-        return {**examples, "text": tf.ensure_shape(text, [None, length])}
+        texts, seeds = examples["caption"], examples["seed"]
+        if max_captions is not None:
+            texts, seeds = _captions(texts, seeds, max_captions)
+        ids = tokenize(texts, feature.vocabulary, length, feature.reduction, seeds)
+        if max_captions is not None:
+            ids = tf.where(tf.expand_dims(tf.equal(texts, ""), -1), 0, ids)
+        return {**examples, name: tf.ensure_shape(ids, [*texts.shape, length])}
 
     batches = dataset if _is_batched(dataset) else dataset.batch(_TOKENIZED_TOGETHER)
     return batches.map(as_written(convert), num_parallel_calls=2, deterministic=True)
+
+
+def _captions(lines: tf.Tensor, seeds: tf.Tensor, most: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """(captions [n, most], '' after the last of each row, their seeds) of texts [n], one a line."""
+    texts = tf.strings.split(lines, "\n").to_tensor("", shape=[None, most])
+    places = tf.range(most, dtype=tf.int64)
+    own = seeds[:, 1:] * most + places
+    return texts, tf.stack([tf.zeros_like(own) + seeds[:, :1], own], axis=2)
 
 
 def _is_batched(dataset: tf.data.Dataset) -> bool:
@@ -376,7 +393,7 @@ def decode_images(
 
 
 def image_text_preprocessors(
-    image_preprocessor: ImagePreprocessor,
+    image_preprocessor: ImagePreprocessor, max_captions: int | None = None
 ) -> Sequence[Callable[..., tf.data.Dataset]]:
     """The steps of an image-text task, in order.
 
@@ -384,6 +401,6 @@ def image_text_preprocessors(
     {'images': pixels, 'text': tokens}.
     """
     return (
-        tokenize_captions,
+        functools.partial(tokenize_captions, max_captions=max_captions),
         functools.partial(decode_images, image_preprocessor=image_preprocessor),
     )

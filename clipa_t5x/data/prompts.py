@@ -1,12 +1,16 @@
-"""Class names and prompt templates: text files, one a line, given by path."""
+"""Class names, prompt templates and label maps: text files, one a line, given by path."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from clipa_t5x.data import preprocessors, text_files, vocabularies
+from clipa_t5x.data import preprocessors, text_files, text_reduction, vocabularies
 from clipa_t5x.errors import UserError
+
+# Of a label map: a label that stands for no class.
+NO_CLASS = "-"
 
 
 def read_lines(path: str, what: str) -> list[str]:
@@ -30,21 +34,53 @@ def read_lines(path: str, what: str) -> list[str]:
     return lines
 
 
-def prompts(class_names_path: str, templates_path: str) -> tuple[list[str], int]:
-    """(all prompts, a class's side by side; number of prompts per class).
+def read(class_names_path: str, templates_path: str) -> tuple[list[str], list[str]]:
+    """(class names, templates with {} in the place of the name, for which {c} may stand, too).
 
     Raises:
-      UserError: a file is missing or empty, or a template has no {}.
+      UserError: a file is missing or empty, or a template has neither.
     """
     classes = read_lines(class_names_path, "class name")
     templates = read_lines(templates_path, "prompt template")
     for template in templates:
-        if "{}" not in template:
+        if "{}" not in template and "{c}" not in template:
             raise UserError(
                 f"template {template!r} in {templates_path} has no {{}}: put it where the class "
                 "name goes."
             )
-    return [t.replace("{}", name) for name in classes for t in templates], len(templates)
+    return classes, [template.replace("{c}", "{}") for template in templates]
+
+
+def prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """All prompts, a class's side by side."""
+    return [t.replace("{}", name) for name in class_names for t in templates]
+
+
+def read_label_map(path: str, num_classes: int) -> list[list[int]]:
+    """Which classes of a list each label of a data set stands for.
+
+    Line i is of label i: line numbers from 0 in the class list, between blanks, or '-' for none.
+
+    Args:
+      path: of the text file.
+      num_classes: lines of the class list.
+
+    Raises:
+      UserError: the file is missing or empty, or a line is neither.
+    """
+    classes = []
+    for number, line in enumerate(read_lines(path, "label map")):
+        parts = [] if line == NO_CLASS else line.split()
+        if not all(part.isdecimal() and int(part) < num_classes for part in parts):
+            raise UserError(
+                f"line {number + 1} of label map file {path} is {line!r}: write which of the "
+                f"{num_classes} classes this label stands for, by line numbers from 0 to "
+                f"{num_classes - 1}, or {NO_CLASS} for none."
+            )
+        classes.append([int(part) for part in parts])
+    if not any(classes):
+        raise UserError(f"label map file {path} names no class: write one line a label.")
+    return classes
 
 
 def tokenize(
@@ -61,3 +97,60 @@ def tokenize(
       UserError: as `preprocessors.tokenize`.
     """
     return preprocessors.tokenize(tf.constant(list(texts)), vocabulary, length, reduction).numpy()
+
+
+def tokenize_around_names(
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    vocabulary: vocabularies.BertVocabulary,
+    length: int,
+    reduction: str = "truncate",
+) -> np.ndarray:
+    """As `tokenize` of `prompts`, but what is too long loses pieces of the template first.
+
+    All pieces of the class name stay that fit, and of the template what the reduction chooses for
+    the room that is left. Where a template names the class again, that is the template's.
+
+    Returns:
+      int32 [classes x templates, length].
+
+    Raises:
+      UserError: as `preprocessors.tokenize`.
+    """
+    parts = [t.partition("{}") for t in templates]
+    before = _words([part[0] for part in parts], vocabulary) * len(class_names)
+    after = _words([p[2].replace("{}", c) for c in class_names for p in parts], vocabulary)
+    texts = prompts(class_names, templates)
+    words = vocabulary.words_tf(tf.constant(texts))
+    named = [
+        _is_between(whole, *around)
+        for whole, *around in zip(words.to_list(), before, after, strict=True)
+    ]
+    seeds = np.stack([np.zeros(len(texts), np.int64), np.arange(len(texts))], axis=1)
+    mask = words.with_values(tf.constant([*itertools.chain(*named)], tf.bool))
+    kept = text_reduction.reduce_others(
+        words, mask, length - 1, reduction, vocabulary=vocabulary, seeds=tf.constant(seeds)
+    )
+    ids = np.full((len(texts), length), vocabulary.pad_id, np.int32)
+    for row, pieces in zip(ids, kept, strict=True):
+        row[: 1 + len(pieces)] = [vocabulary.cls_id, *pieces]
+    return ids
+
+
+def _words(texts: Sequence[str], vocabulary: vocabularies.BertVocabulary) -> list[list[list[int]]]:
+    return vocabulary.words_tf(tf.constant(texts)).to_list()
+
+
+def _is_between(words: Sequence, before: Sequence, after: Sequence) -> list[bool]:
+    """Which words of a text are neither those it begins with nor those it ends with.
+
+    A word that the template and the class name share, as 'cats' of '{}s', is the name's.
+    """
+    first = _num_equal(words, before)
+    last = len(words) - _num_equal(words[first:][::-1], after[::-1])
+    return [first <= place < last for place in range(len(words))]
+
+
+def _num_equal(words: Sequence, others: Sequence) -> int:
+    pairs = enumerate(zip(words, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(words), len(others)))

@@ -17,6 +17,7 @@ from clipa_t5x.data import (
     captions,
     formats,
     image_files,
+    labels,
     manifests,
     record_index,
     sample_order,
@@ -38,6 +39,7 @@ EXAMPLE_SPEC = {
     "image_size": (tf.int32, (2,)),
     "caption": (tf.string, ()),
     "label": (tf.int32, ()),
+    "labels": (tf.int32, (labels.MAX_LABELS,)),
     "valid": (tf.bool, ()),
     "index": (tf.int64, ()),
     "seed": (tf.int64, (2,)),
@@ -56,6 +58,10 @@ class PositionalSource(Protocol):
 
     def num_input_examples(self, split: str) -> int:
         """Number of records in a split."""
+        ...
+
+    def num_classes(self) -> int | None:
+        """How many classes its labels tell apart, where the data say so."""
         ...
 
     def examples_at(
@@ -88,17 +94,22 @@ class RecordFields:
       image: name of the encoded image's field; of several by ';' the first that a record has.
       captions: names of caption fields, with how likely each is taken; empty for no captions.
       label: name of the label's field, an integer, or None.
+      labels: name of the field with any number of labels, or None.
+      max_captions: None for one caption an image, chosen by the rates; or how many of an image's
+        captions are taken at most, the first ones.
       max_pixels: height times width above which an image is refused undecoded.
     """
 
     image: str = "jpg"
     captions: Mapping[str, float] = dataclasses.field(default_factory=dict)
     label: str | None = None
+    labels: str | None = None
+    max_captions: int | None = None
     max_pixels: int = image_files.MAX_PIXELS
 
     def all_names(self) -> list[str]:
         """Every name, alternatives together."""
-        return [self.image, *self.captions, *([self.label] if self.label else [])]
+        return [self.image, *self.captions, *filter(None, (self.label, self.labels))]
 
 
 class ImageTextSource(seqio.DataSource):
@@ -227,12 +238,20 @@ class ImageTextSource(seqio.DataSource):
 
     def feature_names(self) -> Sequence[str]:
         """Those of `EXAMPLE_SPEC` that its examples have."""
-        absent = {"caption": not self._fields.captions, "label": self._fields.label is None}
+        absent = {
+            "caption": not self._fields.captions,
+            "label": self._fields.label is None,
+            "labels": self._fields.labels is None,
+        }
         return [name for name in EXAMPLE_SPEC if not absent.get(name)]
 
     def num_input_examples(self, split: str) -> int:
         """Number of records in a split."""
         return len(self.index(split))
+
+    def num_classes(self) -> int | None:
+        """How many classes its labels tell apart, where the data say so."""
+        return None
 
     def identity(self, split: str) -> dict[str, Any]:
         """What the order depends on beside the seed: the shards and the window."""
@@ -294,8 +313,8 @@ class ImageTextSource(seqio.DataSource):
           attempt: 0 for the samples themselves, n for the n-th stand-in of each.
 
         Returns:
-          Arrays [n, ...] as in `EXAMPLE_SPEC`; 'valid' is False where a record is bad and was not
-          replaced.
+          Arrays [n, ...] by `feature_names`, as in `EXAMPLE_SPEC`; 'valid' is False where a record
+          is bad and was not replaced.
 
         Raises:
           UserError: no good record was found in place of a bad one.
@@ -313,7 +332,8 @@ class ImageTextSource(seqio.DataSource):
                 break
         if len(todo) and replace_bad:
             self.records.give_up(MAX_ATTEMPTS)
-        return _stack([sample or _Sample() for sample in found], indices, seed)
+        examples = _stack([sample or _Sample() for sample in found], indices, seed)
+        return {name: examples[name] for name in self.feature_names()}
 
     def _records_at(
         self, split: str, indices: np.ndarray, shuffle: bool, seed: int, attempt: int
@@ -346,17 +366,32 @@ class ImageTextSource(seqio.DataSource):
             image = image_files.check(data, self._fields.max_pixels)
             if image.mended:
                 self.records.mend(image.mended)
-            caption = b""
-            if self._fields.captions:
-                caption, mended = captions.choose(record, self._fields.captions, seed, index)
-                if mended:
-                    self.records.mend(mended)
-            label = _label(record, self._fields.label)
+            caption = self._caption(record, seed, index)
+            fields = self._fields
+            label = -1 if fields.label is None else labels.one(record, fields.label)
+            several = _NO_LABELS if fields.labels is None else labels.several(record, fields.labels)
         except BadRecord as error:
             place = self.where(split, index, shuffle=shuffle, seed=seed, attempt=attempt)
             self.records.add(error, place)
             return None
-        return _Sample(image.data, (image.height, image.width), caption, label, True)
+        size = (image.height, image.width)
+        return _Sample(image.data, size, caption, label, several, True)
+
+    def _caption(self, record: shard_formats.Fields, seed: int, index: int) -> bytes:
+        """One of a record's captions, or all of them, one a line."""
+        fields = self._fields
+        if not fields.captions:
+            return b""
+        if fields.max_captions is None:
+            caption, mended = captions.choose(record, fields.captions, seed, index)
+        else:
+            caption, mended = captions.every(record, fields.captions, fields.max_captions)
+        if mended:
+            self.records.mend(mended)
+        return caption
+
+
+_NO_LABELS = np.full(labels.MAX_LABELS, -1, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +402,7 @@ class _Sample:
     image_size: tuple[int, int] = (2, 2)
     caption: bytes = b""
     label: int = -1
+    labels: np.ndarray = dataclasses.field(default_factory=lambda: _NO_LABELS)
     valid: bool = False
 
 
@@ -378,21 +414,6 @@ def _stack(samples: Sequence[_Sample], indices: np.ndarray, seed: int) -> dict[s
     result["index"] = indices
     result["seed"] = np.stack([np.full_like(indices, seed), indices], axis=1)
     return result
-
-
-def _label(record: shard_formats.Fields, name: str | None) -> int:
-    if name is None:
-        return -1
-    values = record.get(name)
-    if not values:
-        raise BadRecord("missing label", f"no field {name!r}")
-    try:
-        label = int(values[0])
-    except ValueError as error:
-        raise BadRecord("label is no number", f"{name} {values[0]!r}") from error
-    if abs(label) > np.iinfo(np.int32).max:
-        raise BadRecord("label out of range", f"{name} {label} is no int32")
-    return label
 
 
 def _what_is_there(directory: str) -> str:

@@ -29,6 +29,8 @@ def image_text_task(
     image_key: str = "jpg",
     caption_key: str | Mapping[str, float] = "txt",
     label_key: str | None = None,
+    labels_key: str | None = None,
+    max_captions: int | None = None,
     text_reduction: str = "truncate",
     window_bytes: int = sources.DEFAULT_WINDOW_BYTES,
     max_pixels: int = image_files.MAX_PIXELS,
@@ -51,6 +53,10 @@ def image_text_task(
         the first that a record has.
       caption_key: name of the field with the caption, or names with how likely each is taken.
       label_key: name of the field with the label, an int64; None where there is none.
+      labels_key: name of a field with any number of labels of an image, for evaluation; see
+        `labels.several`.
+      max_captions: for evaluation, take so many captions of each image, the first ones, instead of
+        one of them: examples then have 'texts', int32 [max_captions, length], instead of 'text'.
       text_reduction: how captions are shortened to the text's length, one of
         `clipa_t5x.data.text_reduction.STRATEGIES`.
       window_bytes: size of the shuffle window in bytes of records as stored.
@@ -59,13 +65,14 @@ def image_text_task(
     Raises:
       UserError: there is no such strategy, or a number is none or too small.
     """
-    fields = _record_fields(vocabulary, image_key, caption_key, label_key, max_pixels)
+    captions = _caption_rates(vocabulary, caption_key)
+    fields = _record_fields(image_key, captions, label_key, labels_key, max_captions, max_pixels)
     check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
     _check_splits(splits)
     source = sources.ImageTextSource(
         data_dir, shard_format, fields, splits, index_dir, window_bytes
     )
-    return _register(name, source, vocabulary, image_preprocessor, text_reduction)
+    return _register(name, source, vocabulary, image_preprocessor, text_reduction, max_captions)
 
 
 def tfds_task(
@@ -79,6 +86,8 @@ def tfds_task(
     image_key: str = "image",
     caption_key: str | Mapping[str, float] = "caption",
     label_key: str | None = "label",
+    labels_key: str | None = None,
+    max_captions: int | None = None,
     text_reduction: str = "truncate",
     window_bytes: int = sources.DEFAULT_WINDOW_BYTES,
     max_pixels: int = image_files.MAX_PIXELS,
@@ -100,6 +109,8 @@ def tfds_task(
       image_key: name of the feature with the image.
       caption_key: name of the feature with the caption, or names with how likely each is taken.
       label_key: name of the feature with the label; None where there is none.
+      labels_key: as above.
+      max_captions: as above.
       text_reduction: as above.
       window_bytes: as above.
       max_pixels: as above.
@@ -107,26 +118,38 @@ def tfds_task(
     Raises:
       UserError: as `image_text_task`.
     """
-    fields = _record_fields(vocabulary, image_key, caption_key, label_key, max_pixels)
+    captions = _caption_rates(vocabulary, caption_key)
+    fields = _record_fields(image_key, captions, label_key, labels_key, max_captions, max_pixels)
     check_number("SHUFFLE_WINDOW_BYTES", window_bytes, minimum=1, whole=True)
     _check_splits(splits)
     source = tfds_datasets.TFDSSource(tfds_name, data_dir, fields, splits, index_dir, window_bytes)
-    return _register(name, source, vocabulary, image_preprocessor, text_reduction)
+    return _register(name, source, vocabulary, image_preprocessor, text_reduction, max_captions)
+
+
+def _caption_rates(
+    vocabulary: vocabularies.BertVocabulary | None, caption_key: str | Mapping[str, float]
+) -> dict[str, float]:
+    """How likely each caption field is taken; none if there is no vocabulary for them."""
+    rates = {caption_key: 1.0} if isinstance(caption_key, str) else caption_key
+    _check_rates(rates)
+    return {} if vocabulary is None else dict(rates)
 
 
 def _record_fields(
-    vocabulary: vocabularies.BertVocabulary | None,
     image_key: str,
-    caption_key: str | Mapping[str, float],
+    captions: Mapping[str, float],
     label_key: str | None,
+    labels_key: str | None,
+    max_captions: int | None,
     max_pixels: int,
 ) -> sources.RecordFields:
-    """The fields of a task's records; captions only if there is a vocabulary for them."""
+    """The fields of a task's records."""
     check_number("MAX_PIXELS", max_pixels, minimum=1, whole=True)
-    captions = {caption_key: 1.0} if isinstance(caption_key, str) else caption_key
-    _check_rates(captions)
-    captions = {} if vocabulary is None else dict(captions)
-    return sources.RecordFields(image_key, captions, label_key, max_pixels)
+    if max_captions is not None:
+        check_number("max_captions", max_captions, minimum=1, whole=True)
+    return sources.RecordFields(
+        image_key, captions, label_key, labels_key, max_captions, max_pixels
+    )
 
 
 def _check_rates(rates: object) -> None:
@@ -162,19 +185,22 @@ def _register(
     vocabulary: vocabularies.BertVocabulary | None,
     image_preprocessor: preprocessors.ImagePreprocessor | None,
     text_reduction: str,
+    max_captions: int | None,
 ) -> str:
     images = seqio.ContinuousFeature(dtype=tf.uint8, rank=3)
     features: dict[str, seqio.utils.Feature] = {"images": images}
     if vocabulary is not None:
-        features["text"] = preprocessors.TextFeature(
-            vocabulary, add_eos=False, dtype=tf.int32, reduction=text_reduction
-        )
+        text = preprocessors.TextFeature(
+            vocabulary, add_eos=False, dtype=tf.int32, reduction=text_reduction,
+            rank=1 if max_captions is None else 2,
+        )  # fmt: skip
+        features["text" if max_captions is None else "texts"] = text
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
         source=source,
         preprocessors=preprocessors.image_text_preprocessors(
-            image_preprocessor or preprocessors.InceptionCrop()
+            image_preprocessor or preprocessors.InceptionCrop(), max_captions
         ),
         output_features=features,
         shuffle_buffer_size=None,

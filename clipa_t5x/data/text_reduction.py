@@ -58,14 +58,73 @@ def reduce(
       UserError: as `check`.
     """
     check(strategy, vocabulary)
+    return _shorten(words, num_kept, strategy, lambda: vocabulary.word_classes, seeds)
+
+
+def _shorten(
+    words: tf.RaggedTensor,
+    num_kept: int,
+    strategy: str,
+    classes: Callable[[], np.ndarray | tf.Tensor],
+    seeds: tf.Tensor,
+) -> tf.RaggedTensor:
+    """As `reduce`; only 'syntax' asks for the classes of whatever stands for pieces in `words`."""
     pieces = words.merge_dims(1, 2)
     choices: dict[str, Callable[[], tf.RaggedTensor]] = {
         "truncate": lambda: pieces,
         "random": lambda: random(pieces, num_kept, seeds),
         "block": lambda: block(pieces, num_kept, seeds),
-        "syntax": lambda: syntax(words, num_kept, vocabulary.word_classes),
+        "syntax": lambda: syntax(words, num_kept, classes()),
     }
     return choices[strategy]()[:, :num_kept]
+
+
+def reduce_others(
+    words: tf.RaggedTensor,
+    kept: tf.RaggedTensor,
+    num_kept: int,
+    strategy: str,
+    *,
+    vocabulary: vocabularies.BertVocabulary,
+    seeds: tf.Tensor,
+) -> list[list[int]]:
+    """Shortens texts of which some words are to stay: the others lose pieces before they do.
+
+    Pieces of the words to keep come first; the room that they leave goes to the other words' pieces
+    by the strategy. What stays is in the text's order. With 'truncate', a text whose first
+    `num_kept` pieces include the words to keep is shortened as by `reduce`. Not for a graph.
+
+    Args:
+      words: as of `reduce`.
+      kept: bool [n, (words)], the words that are to stay; of too many pieces the first do.
+      num_kept: most pieces of a text that are kept.
+      strategy: one of `STRATEGIES`, for the other words.
+      vocabulary: as of `reduce`.
+      seeds: as of `reduce`.
+
+    Returns:
+      Ids of each text's pieces.
+
+    Raises:
+      UserError: as `check`.
+    """
+    check(strategy, vocabulary)
+    ids = words.flat_values.numpy()
+    # Places instead of ids, so that what was kept can be put back in order.
+    places = words.with_flat_values(tf.range(len(ids), dtype=tf.int32))
+    first = tf.ragged.boolean_mask(places, kept).merge_dims(1, 2)[:, :num_kept]
+    others = tf.ragged.boolean_mask(places, tf.logical_not(kept))
+    room = num_kept - first.row_lengths().numpy()
+    found = first.to_list()
+    for size in np.unique(room):
+        rows = np.flatnonzero(room == size)
+        chosen = _shorten(
+            tf.gather(others, rows), int(size), strategy,
+            lambda: tf.gather(vocabulary.word_classes, ids), tf.gather(seeds, rows),
+        )  # fmt: skip
+        for row, more in zip(rows, chosen.to_list(), strict=True):
+            found[row] = sorted(found[row] + more)
+    return [ids[row].tolist() for row in found]
 
 
 def random(pieces: tf.RaggedTensor, num_kept: int, seeds: tf.Tensor) -> tf.RaggedTensor:
@@ -105,7 +164,9 @@ def block(pieces: tf.RaggedTensor, num_kept: int, seeds: tf.Tensor) -> tf.Ragged
     return _keep(pieces, (places >= starts) & (places < starts + num_kept))
 
 
-def syntax(words: tf.RaggedTensor, num_kept: int, classes: np.ndarray) -> tf.RaggedTensor:
+def syntax(
+    words: tf.RaggedTensor, num_kept: int, classes: np.ndarray | tf.Tensor
+) -> tf.RaggedTensor:
     """Keeps the words that say most: nouns, then adjectives, verbs and all others.
 
     A word is of its first piece's class; of a class, the earlier words come first. A caption of
@@ -121,7 +182,7 @@ def syntax(words: tf.RaggedTensor, num_kept: int, classes: np.ndarray) -> tf.Rag
       int32 [n, (pieces)].
     """
     first_pieces = tf.gather(words.flat_values, words.values.row_starts())
-    ranks = words.with_values(tf.gather(tf.constant(classes, tf.int64), first_pieces))
+    ranks = words.with_values(tf.gather(tf.cast(classes, tf.int64), first_pieces))
     dense = ranks.to_tensor(default_value=word_classes.OTHER + 1)
     # No two scores are equal, so that the order owes nothing to the sort's stability.
     width = tf.shape(dense, tf.int64)[1]

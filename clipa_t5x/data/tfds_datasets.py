@@ -76,6 +76,14 @@ class TFDSSource(sources.ImageTextSource):
             )
         return known[name]
 
+    def num_classes(self) -> int | None:
+        """As TFDS describes the feature with the label, or labels."""
+        name = self._fields.label or self._fields.labels
+        features: Any = self._builder.info.features
+        feature = features[name] if name in features.keys() else None  # noqa: SIM118
+        # A sequence of labels tells it of its elements.
+        return getattr(getattr(feature, "feature", feature), "num_classes", None)
+
     def _shards(self, split: str) -> tuple[Sequence[str], ShardFormat]:
         # In TFDS's order, which is that of its own readers.
         shards = [os.fspath(path) for path in self._split(split).filepaths]

@@ -32,9 +32,14 @@ def _replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=replicated)
 
 
+def replicate(x: jax.Array, layout: input_pipeline.BatchLayout) -> jax.Array:
+    """A batch's global array, whole, on every device; nothing waits for it."""
+    return _replicate(layout.sharding.mesh)(x)
+
+
 def gather(x: jax.Array, layout: input_pipeline.BatchLayout) -> np.ndarray:
     """A batch's global array, whole, on every host."""
-    return np.asarray(_replicate(layout.sharding.mesh)(x))
+    return np.asarray(replicate(x, layout))
 
 
 class Evaluator(Protocol):

@@ -12,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clipa_t5x.data import input_pipeline, preprocessors
-from clipa_t5x.evaluators import evaluator
+from clipa_t5x.evaluators import evaluator, similarity
 
 FILE_NAME = "gallery.json"
 
@@ -59,14 +59,16 @@ class RetrievalGallery:
             images.append(evaluator.gather(batch["images"], embed.layout))
             captions.append(self._all_captions(host_batch, embed.layout))
         names = np.concatenate(captions)[:count]
-        similarity = np.concatenate(text_embeddings)[:count] @ (
-            np.concatenate(image_embeddings)[:count].T
+        scores, ranked = similarity.nearest(
+            np.concatenate(text_embeddings)[:count],
+            np.concatenate(image_embeddings)[:count],
+            max(5, self.num_images),
+            embed.layout,
         )
-        ranked = np.argsort(-similarity, axis=1, kind="stable")
         found = names[ranked] == names[:, None]
         if output_dir is not None and jax.process_index() == 0:
             pictures = np.concatenate(images)[:count]
-            self._write(output_dir, names.tolist(), pictures, similarity, ranked)
+            self._write(output_dir, names.tolist(), pictures, scores, ranked)
         return {f"recall_at_{k}": float(found[:, :k].any(axis=1).mean()) for k in (1, 5)}
 
     def _all_captions(
@@ -89,7 +91,7 @@ class RetrievalGallery:
         output_dir: str,
         names: Sequence[bytes],
         pictures: np.ndarray,
-        similarity: np.ndarray,
+        scores: np.ndarray,
         ranked: np.ndarray,
     ) -> None:
         """Writes the gallery, with captions spread evenly over the set."""
@@ -101,11 +103,11 @@ class RetrievalGallery:
                     {
                         "image": base64.b64encode(preprocessors.encode_png(pictures[j])).decode(),
                         "mime": "image/png",
-                        "score": float(similarity[i, j]),
+                        "score": float(score),
                         "caption": names[j].decode("utf-8", "replace"),
                         "match": bool(names[i] == names[j]),
                     }
-                    for j in ranked[i, : self.num_images]
+                    for score, j in zip(scores[i], ranked[i, : self.num_images], strict=False)
                 ],
             }
             for i in shown

@@ -75,3 +75,24 @@ def test_draws_are_uniform_and_their_streams_independent():
     assert np.abs(np.corrcoef([*draws, splitmix.uniform(seeds, 1).numpy()[:, 0]])
                   - np.eye(5)).max() < 0.08  # fmt: skip
     assert np.abs(np.corrcoef(draws[0, :-1], draws[0, 1:])[0, 1]) < 0.08
+
+
+@pytest.mark.parametrize("record, most, found", [
+    ({"txt": [b"one\ntwo\r\n\n three  words \n"]}, 5, b"one\ntwo\nthree words"),
+    ({"txt": [b"one\ntwo", b"three"]}, 5, b"one two\nthree"),
+    ({"txt": [b"one\ntwo\nthree"]}, 2, b"one\ntwo"),
+    ({"txt": [b"a", b" ", b"b"], "more": [b"c\nd"], "unused": [b"e"]}, 3, b"a\nb\nc"),
+])  # fmt: skip
+def test_all_captions_are_taken_in_order(record, most, found):
+    rates = {"txt": 1.0, "more": 0.5, "unused": 0.0}
+    assert captions.every(record, rates, most) == (found, "")
+
+
+def test_all_captions_are_mended_and_missing_as_one_is():
+    assert captions.every({"txt": [b"a", b"\xff"]}, {"txt": 1.0}, 5) == (
+        "a\n\ufffd".encode(), "invalid UTF-8",
+    )  # fmt: skip
+    with pytest.raises(BadRecord, match="missing caption"):
+        captions.every({}, {"txt": 1.0}, 5)
+    with pytest.raises(BadRecord, match="empty caption"):
+        captions.every({"txt": [b" \n "]}, {"txt": 1.0}, 5)

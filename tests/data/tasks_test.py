@@ -8,6 +8,7 @@ from clipa_t5x.data import (
     feature_converters,
     preprocessors,
     prompts,
+    record_writer,
     tasks,
 )
 from clipa_t5x.errors import UserError
@@ -196,3 +197,52 @@ def test_captions_without_sensible_rates_are_refused(directory, key):
 def test_splits_are_names_with_patterns(directory):
     with pytest.raises(UserError, match="DATA_SPLITS is 'train/\\*.tar'; it must be"):
         tiny_records.task("tasks_test", directory, splits="train/*.tar")
+
+
+def written(tmp_path, records):
+    record_writer.write_shards(tmp_path / "train", map(record_writer.serialize, records), 1)
+    return tmp_path
+
+
+def test_all_captions_of_an_image_are_tokenized(tmp_path):
+    """Repeated strings, as img2dataset writes them; rows of zeros follow the last."""
+    texts = [["photo of a cat"], ["red dogs", "a dog", "big dog", "blue"], ["green", "small cats"]]
+    records = [tiny_records.features(i, txt=each) for i, each in enumerate(texts)]
+    vocabulary = tiny_records.vocabulary(tmp_path)
+    name = tiny_records.task("tasks_test", written(tmp_path, records), max_captions=3)
+    tiny_records.config(name).check()
+    examples = own_examples(name, count=3)
+    assert "text" not in examples[0]
+    for example, each in zip(examples, texts, strict=True):
+        expected = prompts.tokenize(each[:3], vocabulary, 8)
+        assert example["texts"].dtype == np.int32 and example["texts"].shape == (3, 8)
+        np.testing.assert_array_equal(example["texts"][: len(expected)], expected)
+        assert not example["texts"][len(expected) :].any()
+
+
+def test_random_reductions_of_all_captions_differ(tmp_path):
+    records = [tiny_records.features(i, txt=["a red cat of a dog"] * 8) for i in range(2)]
+    name = tiny_records.task(
+        "tasks_test", written(tmp_path, records), max_captions=8, text_reduction="random"
+    )
+    lengths = {"images": 4, "text": 4}
+    examples = own_examples(name, count=2, lengths=lengths)
+    assert len({row.tobytes() for example in examples for row in example["texts"]}) > 4
+    again = own_examples(name, count=2, first=1, lengths=lengths)
+    np.testing.assert_array_equal(again[0]["texts"], examples[1]["texts"])
+
+
+def test_an_image_may_have_several_labels(tmp_path):
+    found = [[3], [], [1, 4, 0]]
+    records = [tiny_records.features(i, classes=each) for i, each in enumerate(found)]
+    name = tiny_records.task("tasks_test", written(tmp_path, records), vocabulary=None,
+                             label_key=None, labels_key="classes")  # fmt: skip
+    examples = own_examples(name, count=3)
+    assert "label" not in examples[0]
+    for example, each in zip(examples, found, strict=True):
+        assert example["labels"][example["labels"] >= 0].tolist() == each
+
+
+def test_a_number_of_captions_is_a_number(directory):
+    with pytest.raises(UserError, match="max_captions is 0; it must be an integer of at least 1"):
+        tiny_records.task("tasks_test", directory, max_captions=0)

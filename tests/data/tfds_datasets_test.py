@@ -24,6 +24,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "label": tfds.features.ClassLabel(names=["cat", "dog", "fish"]),
             "caption": tfds.features.Text(),
+            "labels": tfds.features.Sequence(tfds.features.ClassLabel(num_classes=7)),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -34,7 +35,8 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
         for i in range(first, COUNT):
             path = pathlib.Path(self._data_dir_root) / f"{i}.jpg"
             path.write_bytes(sample_sets.image(i))
-            yield i, {"image": path, "label": i // 5, "caption": sample_sets.caption(i)}
+            yield i, {"image": path, "label": i // 5, "caption": sample_sets.caption(i),
+                     "labels": [2, i % 2][: i % 3]}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["tfrecord", "array_record"])
@@ -84,6 +86,19 @@ def test_a_task_reads_it(data_dir):
     ds = tasks.get_task(name).get_dataset(tiny_records.LENGTHS, "validation", shuffle=False)
     (first, *_) = ds.as_numpy_iterator()
     assert first["images"].shape == (16, 16, 3) and "label" in first
+
+
+def test_classes_are_counted_by_tfds(data_dir):
+    several = {"label_key": None, "labels_key": "labels"}
+    for keys, count in (({}, 3), (several, 7), ({"label_key": None}, None)):
+        name = tasks.tfds_task("pictures", "tiny_pictures", data_dir, **keys)
+        examples = tasks.get_source(name).examples_at(
+            "train", np.arange(COUNT), shuffle=False, seed=0
+        )
+        assert tasks.get_source(name).num_classes() == count
+        if keys is several:
+            rows = [row[row >= 0].tolist() for row in examples["labels"]]
+            assert sorted(rows) == sorted([2, i % 2][: i % 3] for i in range(COUNT))
 
 
 def test_the_folder_of_a_version_will_do(data_dir):
