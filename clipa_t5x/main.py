@@ -29,7 +29,10 @@ from clipa_t5x import (
 ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
-GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark", "export")
+GIN_VERBS = (
+    *("train", "eval", "schedule", "precompile", "benchmark"),
+    *("export", "import_weights"),
+)
 # Those that go on where they were.
 RESTARTABLE_VERBS = ("train", "schedule")
 PLAIN_VERBS = {
@@ -70,8 +73,15 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval, export: a MODEL_DIR, a checkpoint_<step> folder or a file of weights; default: the newest "
-    "checkpoint in MODEL_DIR.",
+    "eval, export: a MODEL_DIR, a checkpoint_<step> folder, or weights as for --source; "
+    "default: the newest in MODEL_DIR.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "source",
+    None,
+    "import_weights: CLIPA's .npz (also FILE.npz:SUB/TREE) or T5X folder, OpenCLIP's .safetensors "
+    "or a folder with open_clip_config.json, or this package's own.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_boolean(
@@ -261,6 +271,7 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
         "precompile": _precompile,
         "benchmark": _benchmark,
         "export": _export,
+        "import_weights": _import_weights,
     }
     verbs[verb]()
 
@@ -396,6 +407,17 @@ def _export() -> None:
         verify=_FLAGS.verify,
         tolerance=_FLAGS.tolerance,
     )
+
+
+def _import_weights() -> None:
+    from clipa_t5x import import_weights
+
+    if not _FLAGS.source:
+        raise errors.UserError("import_weights needs --source=FILE or a folder of weights.")
+    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    summary = import_weights.import_weights(**gin_utils.build_arguments(ROOT), source=_FLAGS.source)
+    if jax.process_index() == 0:
+        print(summary)
 
 
 def _schedule() -> None:

@@ -15,14 +15,14 @@ TEXT = {"width": 16, "depth": 3, "mlp_dim": 28, "num_heads": 2}
 OUT_DIM, PATCH, VOCABULARY, LENGTH, PIXELS = 10, 4, 52, 8, 16
 
 
-def _tower(name, rng, *, width, depth, mlp_dim, num_heads):
+def _tower(name, rng, out_dim, *, width, depth, mlp_dim, num_heads):
     head = (num_heads, width // num_heads)
 
     def weights(*shape):
         return (rng.normal(size=shape) * 0.3).astype(np.float32)
 
     arrays = {f"{name}/encoder_norm/{x}": 1 + weights(width) for x in ("scale", "bias")}
-    arrays[f"{name}/head/kernel"] = weights(width, OUT_DIM)
+    arrays[f"{name}/head/kernel"] = weights(width, out_dim)
     for i in range(depth):
         block = f"{name}/Transformer/encoderblock_{i}"
         for norm in ("LayerNorm_0", "LayerNorm_1"):
@@ -41,17 +41,20 @@ def _tower(name, rng, *, width, depth, mlp_dim, num_heads):
     return arrays
 
 
-def arrays(seed=0, *, image=IMAGE, text=TEXT, length=LENGTH, learned_grid=None):
+def arrays(
+    seed=0, *, image=IMAGE, text=TEXT, length=LENGTH, learned_grid=None, patch=PATCH,
+    vocabulary=VOCABULARY, out_dim=OUT_DIM,
+):  # fmt: skip
     """Arrays by name, without 'params/'; `learned_grid` patches a side where positions are."""
     rng = np.random.default_rng(seed)
     found = {
         "t": np.array([2.5], np.float32),
         "img/cls": rng.normal(size=(1, 1, image["width"])).astype(np.float32),
-        "img/embedding/kernel": rng.normal(size=(PATCH, PATCH, 3, image["width"])).astype("f"),
-        "txt/Embed_0/embedding": 0.02 * rng.normal(size=(VOCABULARY, text["width"])).astype("f"),
+        "img/embedding/kernel": rng.normal(size=(patch, patch, 3, image["width"])).astype("f"),
+        "txt/Embed_0/embedding": 0.02 * rng.normal(size=(vocabulary, text["width"])).astype("f"),
         "txt/pos_embedding": 0.01 * rng.normal(size=(1, length, text["width"])).astype("f"),
-        **_tower("img", rng, **image),
-        **_tower("txt", rng, **text),
+        **_tower("img", rng, out_dim, **image),
+        **_tower("txt", rng, out_dim, **text),
     }
     if learned_grid:
         shape = (1, 1 + learned_grid**2, image["width"])

@@ -72,7 +72,9 @@ def test_a_folder_for_open_clip(exported):
 
 
 def test_images_that_are_cropped_in_evaluation_are_so_there(exported):
-    _, folder, _ = exported("open_clip", resize=preprocessors.center_crop, probe_rows=0, verify=False)
+    _, folder, _ = exported(
+        "open_clip", resize=preprocessors.center_crop, probe_rows=0, verify=False
+    )
     config = json.loads((folder / "open_clip_config.json").read_text())
     assert config["preprocess_cfg"]["resize_mode"] == "shortest"
 
@@ -83,7 +85,9 @@ def test_clipa_s_npz(exported, scan):
     with np.load(folder / "model.npz", allow_pickle=False) as arrays:
         assert "params/img/pos_embedding" not in arrays  # fixed
         assert arrays["params/t"].shape == (1,)
-        key = arrays["params/img/Transformer/encoderblock_1/MultiHeadDotProductAttention_0/key/kernel"]
+        key = arrays[
+            "params/img/Transformer/encoderblock_1/MultiHeadDotProductAttention_0/key/kernel"
+        ]
     here = "image_tower/encoder/layers{}/attention/key/kernel"
     np.testing.assert_array_equal(
         key, weights[here.format("")][1] if scan else weights[here.format("_1")]

@@ -174,7 +174,7 @@ def _translated(
     found = differences.of_models(
         {name: array.shape for name, array in named.items()},
         {tensor.name: tensor.shapes for tensor in tensors},
-        {name: tuple(x.shape) for name, x in wanted.items()},
+        {name: shape for name, shape in shapes.items() if name not in fixed},
     )
     if found:
         raise UserError(
