@@ -29,6 +29,7 @@ from clipa_t5x import (
 )
 from clipa_t5x.checkpoint_folders import PREFIX, folder_of
 from clipa_t5x.errors import UnsavableError, UserError, check_number
+from clipa_t5x.weights import differences
 
 _OPTIMIZER = (
     "Use another MODEL_DIR with INITIAL_CHECKPOINT_PATH, or the OPTIMIZER that wrote it "
@@ -96,9 +97,9 @@ class RestoreCheckpointConfig:
     """Where a fresh run takes its parameters from. A resumed run never looks here.
 
     Attributes:
-      path: MODEL_DIR of an earlier stage (its newest checkpoint is taken) or one checkpoint's
-        folder; None starts from scratch. Parameters go over by name; step, optimizer state and its
-        counts start anew.
+      path: MODEL_DIR of an earlier stage (its newest checkpoint is taken), one checkpoint's
+        folder, or CLIPA's or OpenCLIP's weights; None starts from scratch. Parameters go over by
+        name; step, optimizer state and its counts start anew.
       resized: names of the parameters whose first dimension, positions, may differ and is then
         interpolated. Every other difference of shape is refused.
     """
@@ -436,33 +437,23 @@ def check_same_parameters(
     """Refuses a checkpoint whose parameters have other names or shapes.
 
     Raises:
-      UserError: lists up to eight of the differences, and says how many there are.
+      UserError: names the options that differ, lists up to eight of the differences with the
+        nearest names on the other side, and says how many there are.
     """
-    if found := _differences(saved, wanted):
-        shown = "; ".join(found[:8]) + ("; ..." if len(found) > 8 else "")
-        raise UserError(
-            f"checkpoint {where} is of a different model: {len(found)} parameters differ: "
-            f"{shown}. {remedy}"
-        )
+    if found := differences.of_models(_shapes(saved), _acceptable(wanted)):
+        raise UserError(f"checkpoint {where} {found}. {remedy}")
 
 
 def _check_same_optimizer(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: epath.Path
 ) -> None:
-    if found := _differences(saved, wanted):
-        raise UserError(
-            f"{folder} holds another optimizer's state ({len(found)} arrays differ: {found[0]}). "
-            f"{_OPTIMIZER}"
-        )
+    if found := differences.of_arrays(_shapes(saved), _acceptable(wanted), "arrays"):
+        raise UserError(f"{folder} holds another optimizer's state: {found}. {_OPTIMIZER}")
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    return [
-        *(f"{k} is missing there" for k in wanted if k not in saved),
-        *(f"{k} is unknown here" for k in saved if k not in wanted),
-        *(
-            f"{k} is {tuple(saved[k].shape)} there and {tuple(wanted[k].shape)} here"
-            for k in wanted
-            if k in saved and tuple(saved[k].shape) != tuple(wanted[k].shape)
-        ),
-    ]
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
+def _acceptable(arrays: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    return {name: [shape] for name, shape in _shapes(arrays).items()}

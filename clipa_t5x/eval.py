@@ -57,7 +57,9 @@ def evaluate(
         batch_spec=train_dataset_cfg.batch_spec(),
     )
     layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
-    loaded = stage_handover.load_params(checkpoint or model_dir, trainer.abstract_state.params)
+    loaded = stage_handover.load_params(
+        checkpoint or model_dir, trainer.abstract_state.params, model=model
+    )
     source, step = loaded.model_dir or model_dir, loaded.step
     logging.info("Evaluating %s after step %d.", source, step)
     writer = metrics.MetricsWriter(source)

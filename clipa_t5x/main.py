@@ -29,7 +29,7 @@ from clipa_t5x import (
 ROOT = "clipa_t5x.train.train"
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
-GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark")
+GIN_VERBS = ("train", "eval", "schedule", "precompile", "benchmark", "import_weights")
 # Those that go on where they were.
 RESTARTABLE_VERBS = ("train", "schedule")
 PLAIN_VERBS = {
@@ -70,7 +70,15 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval: a MODEL_DIR or a checkpoint_<step> folder; default: the newest in MODEL_DIR.",
+    "eval: a MODEL_DIR, a checkpoint_<step> folder, or weights as for --source; default: the "
+    "newest in MODEL_DIR.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string(
+    "source",
+    None,
+    "import_weights: CLIPA's .npz (also FILE.npz:SUB/TREE) or T5X folder, OpenCLIP's .safetensors "
+    "or a folder with open_clip_config.json, or this package's own.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_boolean(
@@ -238,6 +246,7 @@ def _run(verb: str, arguments: Sequence[str] | None) -> None:
         "schedule": _schedule,
         "precompile": _precompile,
         "benchmark": _benchmark,
+        "import_weights": _import_weights,
     }
     verbs[verb]()
 
@@ -356,6 +365,17 @@ def _eval() -> None:
 
     parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
     eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
+
+
+def _import_weights() -> None:
+    from clipa_t5x import import_weights
+
+    if not _FLAGS.source:
+        raise errors.UserError("import_weights needs --source=FILE or a folder of weights.")
+    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    summary = import_weights.import_weights(**gin_utils.build_arguments(ROOT), source=_FLAGS.source)
+    if jax.process_index() == 0:
+        print(summary)
 
 
 def _schedule() -> None:

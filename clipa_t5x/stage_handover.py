@@ -14,7 +14,7 @@ from etils import epath
 
 from clipa_t5x import checkpoint_folders, checkpoint_writer, checkpoints
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import array_files, parameter_files
+from clipa_t5x.weights import array_sources, parameter_files
 
 
 class Loaded(NamedTuple):
@@ -25,12 +25,14 @@ class Loaded(NamedTuple):
       notes: one line for each that was resized.
       model_dir: that holds the checkpoint; None where they come from a file.
       step: of the checkpoint, 0 of a file.
+      file: what they were read from, closed; None for a checkpoint.
     """
 
     params: Any
     notes: list[str]
     model_dir: str | None
     step: int
+    file: parameter_files.ParameterFile | None = None
 
 
 class Source(Protocol):
@@ -71,21 +73,29 @@ class Checkpoint:
         )["params"]
 
 
-def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) -> Loaded:
+def load_params(
+    path: str, abstract_params: Any, resized: Sequence[str] = (), model: Any = None
+) -> Loaded:
     """Parameters by name, laid out as `abstract_params`.
 
     Args:
-      path: a checkpoint, see `checkpoints.locate`, or a `.npz` or `.safetensors` file of arrays
-        under the names that parameters have here.
+      path: a checkpoint, see `checkpoints.locate`, or weights in this package's, CLIPA's or
+        OpenCLIP's layout, see `weights.parameter_files`.
       abstract_params: tree of `jax.ShapeDtypeStruct` with shardings.
       resized: names whose first dimension is interpolated where it differs.
+      model: a `models.ClipModel`, to compare with an `open_clip_config.json` beside weights; None
+        compares nothing.
 
     Raises:
       UserError: there is no checkpoint, it is damaged, or names or shapes differ beyond `resized`.
     """
-    if array_files.is_file(path):
-        with parameter_files.open_parameters(path) as file:
-            return Loaded(*_load(file, abstract_params, resized), model_dir=None, step=0)
+    if array_sources.is_source(path):
+        wanted = checkpoints.flatten(abstract_params)
+        with parameter_files.open_parameters(path, wanted, model) as file:
+            params, notes = _load(file, abstract_params, resized)
+        for warning in file.warnings:
+            logging.warning("%s", warning)
+        return Loaded(params, notes, None, 0, file)
     model_dir, step = checkpoints.locate(path)
     folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
     source = Checkpoint(folder, checkpoints.saved_params(model_dir, step))

@@ -230,7 +230,9 @@ def starting_point(
         position = input_pipeline.resume_position(dataset_cfg, restored.data_state)
         return train_loop.Start.restored(restored, position)
     if cfg.path:
-        loaded = stage_handover.load_params(cfg.path, trainer.abstract_state.params, cfg.resized)
+        loaded = stage_handover.load_params(
+            cfg.path, trainer.abstract_state.params, cfg.resized, trainer.model
+        )
         stage_handover.log_notes(cfg.path, loaded.notes)
         return train_loop.Start(trainer.init_state(seed, loaded.params))
     return train_loop.Start(trainer.init_state(seed))

@@ -73,6 +73,7 @@ class Trainer:
     """Model, optimizer and partitioner, bound into jitted functions.
 
     Attributes:
+      model: the model.
       state_shardings: a NamedSharding for every array of the train state.
       abstract_state: shapes, dtypes and shardings of the train state; no memory is allocated.
       num_microbatches: how many parts of the batch the train step runs one after the other.
@@ -109,7 +110,7 @@ class Trainer:
           UserError: a parameter's dimension, or the batch, does not divide by the mesh, or a
             device's share of the batch by num_microbatches.
         """
-        self._model, self._optimizer, self._partitioner = model, optimizer, partitioner
+        self.model, self._optimizer, self._partitioner = model, optimizer, partitioner
         self.mesh = mesh or partitioner.mesh
         batch_size = batch_spec["images"].shape[0]
         partitioner.check_batch_size(batch_size, self.mesh)
@@ -207,7 +208,7 @@ class Trainer:
         step = jax.jit(
             functools.partial(
                 train_step,
-                model=self._model,
+                model=self.model,
                 optimizer=self._optimizer,
                 num_microbatches=self.num_microbatches,
                 augment=self._augment,
@@ -234,7 +235,7 @@ class Trainer:
         """Jitted (params, batch) -> metrics, without masking or dropped paths."""
 
         def step(params: Any, batch: models.Batch) -> Metrics:
-            return self._model.apply({"params": params}, batch, train=False)[1]  # pyright: ignore
+            return self.model.apply({"params": params}, batch, train=False)[1]  # pyright: ignore
 
         jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         return self._within_rules(jitted)
@@ -251,7 +252,7 @@ class Trainer:
 
     def _embed(self, method: Any) -> Any:
         def embed(params: Any, inputs: jax.Array) -> jax.Array:
-            return self._model.apply({"params": params}, inputs, method=method)  # pyright: ignore
+            return self.model.apply({"params": params}, inputs, method=method)  # pyright: ignore
 
         sharding = self._partitioner.batch_sharding(self.mesh)
         return self._within_rules(jax.jit(embed, out_shardings=sharding))

@@ -275,10 +275,14 @@ def _identity(cfg: DatasetConfig) -> dict[str, Any]:
 def resume_position(cfg: DatasetConfig, state: Mapping[str, Any]) -> int:
     """Where to go on, from a saved `TrainIterator.state`.
 
+    Where nothing has been read yet, as after an import of weights, any data will do.
+
     Raises:
       UserError: the data are others than those of the checkpoint, so that the order would not be
         a continuation, and `cfg` does not accept it.
     """
+    if state["next_sample"] == 0:
+        return 0
     current = _identity(cfg)
     changed = [f"{k} {state.get(k)} -> {v}" for k, v in current.items() if state.get(k) != v]
     if changed and not cfg.accept_changes:

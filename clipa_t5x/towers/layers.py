@@ -22,6 +22,7 @@ DTypeLike = Any
 GELU = {
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
 # What a block keeps from the forward pass for the backward pass; everything else is recomputed.

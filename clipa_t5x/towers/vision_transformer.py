@@ -98,7 +98,8 @@ class VisionTransformer(nn.Module):
         token), 'map' (attention pooling), 'none' (the class token without a norm).
       mask_ratio: share of the patches dropped in training; never in evaluation.
       mask_strategy: 'random', 'grid' or 'block', see `token_reduction.mask`.
-      activation: 'gelu_tanh' or 'gelu_exact'.
+      pre_norm: whether tokens are normalised before the first block, too, as in OpenAI's CLIP.
+      activation: 'gelu_tanh', 'gelu_exact' or 'gelu_quick' (OpenAI's x sigmoid(1.702 x)).
       layer_norm_epsilon: added to the variance.
       drop_path_rate, scan_layers, remat_policy, init_style, init_depth: see `layers.Encoder`.
       dtype: computation dtype; parameters are float32.
@@ -114,6 +115,7 @@ class VisionTransformer(nn.Module):
     pooling: str = "gap"
     mask_ratio: float = 0.0
     mask_strategy: str = "random"
+    pre_norm: bool = False
     activation: str = "gelu_tanh"
     layer_norm_epsilon: float = 1e-6
     drop_path_rate: float = 0.0
@@ -158,6 +160,7 @@ class VisionTransformer(nn.Module):
             class_token.astype(self.dtype) + positions[0], (batch, 1, self.width)
         )
         x = jnp.concatenate([first, patches], axis=1)
+        x = self._norm("pre_norm")(x) if self.pre_norm else x
         x = spmd.with_logical_constraint(x, ("batch", "length", "embed"))
         x = layers.Encoder(
             depth=self.depth,
@@ -188,13 +191,11 @@ class VisionTransformer(nn.Module):
         }
         return layers.choose("position_embedding", self.position_embedding, tables)()
 
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return layers.layer_norm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name=name)
+
     def _pool(self, x: jax.Array) -> jax.Array:
         """[batch, 1 + patches, width] to [batch, width]."""
-
-        def norm(y: jax.Array) -> jax.Array:
-            return layers.layer_norm(
-                epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm"
-            )(y)
 
         def attention_pooling() -> jax.Array:
             return AttentionPooling(
@@ -207,8 +208,8 @@ class VisionTransformer(nn.Module):
             )(x)
 
         poolings = {
-            "gap": lambda: norm(jnp.mean(x[:, 1:], axis=1)),
-            "tok": lambda: norm(x)[:, 0],
+            "gap": lambda: self._norm("encoder_norm")(jnp.mean(x[:, 1:], axis=1)),
+            "tok": lambda: self._norm("encoder_norm")(x)[:, 0],
             "map": attention_pooling,
             "none": lambda: x[:, 0],
         }

@@ -1,21 +1,37 @@
-"""A model's parameters from one file, under the names that they have here.
+"""A model's parameters from a file or folder of any layout, under the names that they have here.
 
 What `checkpoints` does for its own folders, up to the placing of arrays on devices.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import array_files
+from clipa_t5x.towers import position_embeddings
+from clipa_t5x.weights import (
+    architecture,
+    array_sources,
+    differences,
+    layouts,
+    open_clip_options,
+)
 from clipa_t5x.weights.stored_arrays import StoredArray, StoredArrays
 
 PREFIX = "params/"
+# Where parameters are in a file: alone, beside an optimizer's state, in older files within it.
+_PREFIXES = (PREFIX, "opt/target/", "target/")
+# Of OpenCLIP's state dicts: the prefix of its other class, and arrays that are no parameters.
+_TEXT_PREFIX = "text."
+_NO_PARAMETERS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
+# How far a stored table may be from the formula for it to be the fixed one.
+_TABLE_TOLERANCE = 1e-6
+_OTHER_KIND = {"visual.trunk.": "a timm model", "visual.layer1.": "a ResNet"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +41,18 @@ class ParameterFile:
     Attributes:
       path: where it is, for people.
       saved: arrays by parameter name, such as 'image_tower/head/kernel'; nothing of them is read.
+      layout: whose names they have there, such as "CLIPA's".
+      num_arrays: how many arrays there these are made of.
+      ignored: names of what else is there, such as an optimizer's state.
+      warnings: lines on what might not fit.
     """
 
     path: str
     saved: StoredArrays
+    layout: str = architecture.OURS
+    num_arrays: int = 0
+    ignored: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     def restore(self, request: Any) -> Any:
         """Reads parameters, one after the other, each laid out as it is asked for.
@@ -71,23 +95,188 @@ class ParameterFile:
 
 
 @contextlib.contextmanager
-def open_parameters(path: str) -> Iterator[ParameterFile]:
-    """Opens a `.npz` or `.safetensors` file of parameters.
+def open_parameters(
+    path: str, wanted: Mapping[str, Any], model: Any = None
+) -> Iterator[ParameterFile]:
+    """Opens parameters as this package, CLIPA or OpenCLIP names them.
 
-    Where names begin with 'params/', those are the parameters, without it, and whatever else the
-    file holds, such as an optimizer's state, is left there.
+    Where names begin with 'params/' (or CLIPA's older 'opt/target/'), those are the parameters, and
+    whatever else there is, such as an optimizer's state, is left there. Layers come stacked where
+    they are so in `wanted`. Position tables may be of another length than wanted. A table that is
+    fixed here, and so is no parameter, is compared with the one that is stored, if any.
 
     Args:
-      path: local or remote.
+      path: see `array_sources.open_source`.
+      wanted: by parameter name, what has its shape.
+      model: a `models.ClipModel`, compared with an `open_clip_config.json` beside the weights; None
+        compares nothing.
 
     Raises:
-      UserError: as `array_files.open_arrays`.
+      UserError: as `array_sources.open_source`; or, in a layout that is not this package's own:
+        names or shapes differ, a stored table is not the fixed one, or the configuration is of
+        another model.
     """
-    with array_files.open_arrays(path) as arrays:
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in arrays) else ""
-        saved = {
-            name.removeprefix(prefix): array
-            for name, array in arrays.items()
-            if name.startswith(prefix)
-        }
-        yield ParameterFile(path, saved)
+    warnings = _compare_with_config(path, model)
+    with array_sources.open_source(path) as arrays:
+        named, ignored = _parameters(arrays)
+        layout = architecture.layout_of(named) or architecture.OURS
+        if layout == architecture.OURS:
+            saved = _stacked_as_wanted(named, wanted)
+        else:
+            saved = _translated(path, named, layout, wanted)
+        yield ParameterFile(path, saved, layout, len(named), ignored, warnings)
+
+
+def _compare_with_config(path: str, model: Any) -> list[str]:
+    config = open_clip_options.config_beside(path)
+    return open_clip_options.check(config, model) if config and model is not None else []
+
+
+def _parameters(arrays: StoredArrays) -> tuple[dict[str, StoredArray], list[str]]:
+    """(parameters by their names there, names of all else)."""
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in arrays)), "")
+    named = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    ignored = [name for name in arrays if not name.startswith(prefix)]
+    if architecture.layout_of(named) == architecture.OPEN_CLIP:
+        named = {name.removeprefix(_TEXT_PREFIX): array for name, array in named.items()}
+        ignored += sorted(_NO_PARAMETERS & named.keys())
+        named = {name: array for name, array in named.items() if name not in _NO_PARAMETERS}
+    return named, ignored
+
+
+def _stacked_as_wanted(named: StoredArrays, wanted: Mapping[str, Any]) -> StoredArrays:
+    """Own names; layers on their own are stacked where scanned ones are wanted."""
+    saved = dict(named)
+    for name, array in wanted.items():
+        layers = layouts.layer_names(name, array.shape[0]) if layouts.is_stacked(name) else []
+        if layers and all(layer in named for layer in layers):
+            saved[name] = _stack([saved.pop(layer) for layer in layers])
+    return saved
+
+
+def _translated(
+    path: str, named: StoredArrays, layout: str, wanted: Mapping[str, Any]
+) -> StoredArrays:
+    """Arrays of another layout under our names."""
+    for start, kind in _OTHER_KIND.items():
+        if any(name.startswith(start) for name in named):
+            raise UserError(
+                f"the image tower of {path} is {kind} ({start}...), and VisionTransformer is "
+                "another: give weights of OpenCLIP's own vision transformer, or of CLIPA's."
+            )
+    shapes = layouts.unstacked({name: tuple(x.shape) for name, x in wanted.items()})
+    fixed = [table for table in _TABLES if table not in shapes]
+    shapes = _with_tables_of(named, layout, shapes)
+    try:
+        tensors = _LAYOUTS[layout](shapes)
+    except UserError as error:
+        raise UserError(f"{path} is in {layout} layout: {error}") from error
+    found = differences.of_models(
+        {name: array.shape for name, array in named.items()},
+        {tensor.name: tensor.shapes for tensor in tensors},
+        {name: shape for name, shape in shapes.items() if name not in fixed},
+    )
+    if found:
+        raise UserError(
+            f"{path}, in {layout} layout, {found}. Give weights of this model, or the options of "
+            "theirs (--gin.NAME=VALUE)."
+        )
+    apart = {name: array for tensor in tensors for name, array in _parts(tensor, named, shapes)}
+    for table in fixed:
+        if table in apart:
+            _check_fixed(path, table, apart[table])
+    return {
+        name: _stack([apart[layer] for layer in layouts.layer_names(name, array.shape[0])])
+        if layouts.is_stacked(name)
+        else apart[name]
+        for name, array in wanted.items()
+    }
+
+
+_LAYOUTS: Mapping[str, Callable[[layouts.Shapes], list[layouts.Tensor]]] = {
+    architecture.CLIPA: layouts.clipa,
+    architecture.OPEN_CLIP: layouts.open_clip,
+}
+# Our names of position tables, those of the layouts, and where their width is known from.
+_TABLES: Mapping[str, tuple[Mapping[str, str], str]] = {
+    layouts.IMAGE_POSITIONS: (
+        {
+            architecture.CLIPA: "img/pos_embedding",
+            architecture.OPEN_CLIP: "visual.positional_embedding",
+        },
+        "image_tower/class_token",
+    ),
+    layouts.TEXT_POSITIONS: (
+        {
+            architecture.CLIPA: "txt/pos_embedding",
+            architecture.OPEN_CLIP: "positional_embedding",
+        },
+        "text_tower/token_embedding/embedding",
+    ),
+}
+
+
+def _with_tables_of(named: StoredArrays, layout: str, shapes: layouts.Shapes) -> layouts.Shapes:
+    """Shapes with position tables as long as they are there; fixed ones, too, where it has them."""
+    shapes = dict(shapes)
+    for table, (names, like) in _TABLES.items():
+        found = named.get(names[layout])
+        if like in shapes and found is not None and len(found.shape) >= 2:
+            shapes[table] = (found.shape[-2], shapes[like][-1])
+        elif table not in shapes and layout == architecture.OPEN_CLIP and like in shapes:
+            shapes[table] = (1, shapes[like][-1])  # It always has one; that it is missing is told.
+    return shapes
+
+
+def _parts(
+    tensor: layouts.Tensor, named: StoredArrays, shapes: layouts.Shapes
+) -> Iterator[tuple[str, StoredArray]]:
+    """A tensor's parts, each read by reading it."""
+    stored = named[tensor.name]
+
+    def read(index: int) -> np.ndarray:
+        return tensor.split(stored.read())[index]
+
+    for i, part in enumerate(tensor.parts):
+        yield part, StoredArray(shapes[part], stored.dtype, functools.partial(read, i))
+
+
+def _stack(layers: Sequence[StoredArray]) -> StoredArray:
+    """One array [depth, ...] of those of all layers, in memory one at a time besides it."""
+    shapes = {layer.shape for layer in layers}
+    dtype = functools.reduce(jax.numpy.promote_types, {layer.dtype for layer in layers})
+    # Where they differ, the stack is of no one's shape, which is told of like any other shape.
+    shape = (len(layers), *(layers[0].shape if len(shapes) == 1 else (-1,)))
+
+    def read() -> np.ndarray:
+        stack = np.empty(shape, dtype)
+        for i, layer in enumerate(layers):
+            stack[i] = layer.read()
+        return stack
+
+    return StoredArray(shape, np.dtype(dtype), read)
+
+
+def _check_fixed(path: str, name: str, stored: StoredArray) -> None:
+    """Compares a stored table with the one that is computed here instead.
+
+    Raises:
+      UserError: they differ, so that the file's was learned, or comes of another formula.
+    """
+    length, width = stored.shape
+    if name == layouts.IMAGE_POSITIONS:
+        tower, kind, side = "VisionTransformer", "sincos2d", round(max(length - 1, 0) ** 0.5)
+        table = position_embeddings.sincos_2d(side, side, width)
+    else:
+        tower, kind = "TextTransformer", "sincos1d"
+        table = position_embeddings.sincos_1d(length, width)
+    values = stored.read()
+    if table.shape == values.shape:
+        table = table.astype(values.dtype).astype(np.float32)
+        if np.abs(values.astype(np.float32) - table).max() <= _TABLE_TOLERANCE:
+            return
+    raise UserError(
+        f"the position table of {path} ({length} rows) is not the fixed {kind} that "
+        f"{tower}.position_embedding asks for: set --gin.{tower}.position_embedding=\"'learned'\" "
+        "to take it over."
+    )

@@ -146,6 +146,21 @@ def test_pooling_by_hand(random_params, pooling):
     assert ("encoder_norm" in params) == (pooling != "none")
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_pre_norm_is_of_every_token_that_enters(random_params, ratio):
+    options = {"layer_norm_epsilon": 0.1, "mask_ratio": ratio}
+    normed, plain = _tower(pre_norm=True, **options), _tower(**options)
+    images, rngs = _images(), {"patch_mask": jax.random.key(0)}
+    params = random_params(normed, images)
+    scale = params["pre_norm"]
+    _, seen = _run(normed, params, images, train=True, rngs=rngs)
+    without = {k: v for k, v in params.items() if k != "pre_norm"}
+    _, before = _run(plain, without, images, train=True, rngs=rngs)
+    np.testing.assert_allclose(
+        seen["entering"], _norm(before["entering"], scale, 0.1), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_attention_pooling_by_hand(random_params):
     tower, images = _tower(pooling="map", out_dim=None), _images()
     params = random_params(tower, images)
@@ -200,7 +215,10 @@ def test_bfloat16_is_for_activations_only(random_params):
     [
         ({"pooling": "mean"}, r"pooling is 'mean'; .*\['gap', 'map', 'none', 'tok'\]"),
         ({"position_embedding": "rope"}, r"is 'rope'; .*\['learned', 'sincos2d'\]"),
-        ({"activation": "relu"}, r"activation is 'relu'; .*\['gelu_exact', 'gelu_tanh'\]"),
+        (
+            {"activation": "relu"},
+            r"activation is 'relu'; .*\['gelu_exact', 'gelu_quick', 'gelu_tanh'\]",
+        ),
     ],
 )
 def test_unknown_options_are_refused_with_a_list(setting, message):

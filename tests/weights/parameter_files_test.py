@@ -47,7 +47,7 @@ def test_parameters_come_back_sharded(tmp_path, params, suffix, prefix):
         arrays["opt_state/count"] = np.int32(3)
     path = save(tmp_path / f"weights{suffix}", arrays)
     wanted = request(params)
-    with parameter_files.open_parameters(path) as file:
+    with parameter_files.open_parameters(path, flat) as file:
         checkpoints.check_same_parameters(file.saved, flat, path, "")
         restored = file.restore(wanted)
     jax.tree.map(np.testing.assert_array_equal, restored, params)
@@ -62,7 +62,7 @@ def test_a_file_of_another_model_is_refused_before_it_is_read(tmp_path, params):
     arrays = {**flat, "logit_scale": np.zeros((2**16,), np.float32)}
     path = save(tmp_path / "weights.npz", arrays)
     with (
-        parameter_files.open_parameters(path) as file,
+        parameter_files.open_parameters(path, flat) as file,
         pytest.raises(UserError, match=r"logit_scale is \(65536,\) there and \(\) here"),
     ):
         checkpoints.check_same_parameters(file.saved, flat, path, "")
@@ -73,7 +73,7 @@ def test_other_precisions_become_the_parameters(tmp_path, dtype):
     values = np.asarray([[1.0, -0.25], [3.5, 0.0]], dtype)
     path = save(tmp_path / "weights.npz", {"w": values})
     wanted = request({"w": jnp.zeros((2, 2), jnp.float32)})
-    with parameter_files.open_parameters(path) as file:
+    with parameter_files.open_parameters(path, wanted) as file:
         restored = file.restore(wanted)
     assert restored["w"].dtype == jnp.float32
     np.testing.assert_array_equal(restored["w"], values.astype(np.float32))
@@ -90,5 +90,8 @@ def test_other_precisions_become_the_parameters(tmp_path, dtype):
 def test_what_cannot_be_trained_from_is_refused(tmp_path, values, words):
     path = save(tmp_path / "weights.npz", {"w": values})
     wanted = request({"w": jnp.zeros((3,), jnp.float32)})
-    with parameter_files.open_parameters(path) as file, pytest.raises(UserError, match=words):
+    with (
+        parameter_files.open_parameters(path, wanted) as file,
+        pytest.raises(UserError, match=words),
+    ):
         file.restore(wanted)

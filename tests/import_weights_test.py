@@ -1,0 +1,138 @@
+import dataclasses
+import pathlib
+
+import clipa_files
+import experiments
+import jax
+import numpy as np
+import pytest
+from saved_runs import assert_same
+
+from clipa_t5x import (
+    bad_numbers,
+    checkpoint_manifest,
+    checkpoints,
+    gin_utils,
+    import_weights,
+    main,
+    recipe_changes,
+    train,
+    trainer,
+)
+from clipa_t5x.errors import UserError
+
+SIZES = {"width": 32, "mlp_dim": 64, "num_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return experiments.digits_dir(str(tmp_path_factory.mktemp("workspace")))
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """CLIPA's training checkpoint of the miniature digits model, with longer texts."""
+    arrays = clipa_files.arrays(
+        image={**SIZES, "depth": 2}, text={**SIZES, "depth": 1}, patch=4, vocabulary=512,
+        out_dim=32, length=16,
+    )  # fmt: skip
+    more = {"opt/1/0/0": np.int32(9), "chrono/accum_train_time": np.float64(1)}
+    path = tmp_path / "clipa.npz"
+    np.savez(path, **{f"params/{name}": array for name, array in arrays.items()}, **more)
+    return str(path)
+
+
+def bindings(model_dir, *more):
+    return [*experiments.UNEVALUATED, f"MODEL_DIR = {str(model_dir)!r}", "TRAIN_STEPS = 2", *more]
+
+
+def run(source, model_dir, *more):
+    experiments.parse("digits_stage1", *bindings(model_dir, *more))
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    return import_weights.import_weights(source=source, **arguments)
+
+
+def test_what_is_imported_is_trained_as_a_stage_that_begins_with_it(weights, tmp_path):
+    imported, direct = tmp_path / "imported", tmp_path / "direct"
+    summary = run(weights, imported)
+    assert "CLIPA's layout" in summary
+    assert "resized text_tower/position_embedding: 16 -> 8 positions" in summary
+    assert "left out 2 arrays (opt: 1, chrono: 1)" in summary
+    assert str(imported / "checkpoint_0") in summary
+    checkpoint_manifest.check(imported / "checkpoint_0", 0)
+    assert experiments.saved_state(str(imported), 0)["step"] == 0
+    # The same configuration goes on from there, and is the recipe that was written down.
+    experiments.parse("digits_stage1", *bindings(imported))
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    recipe_changes.refuse(str(imported), gin_utils.operative_config())
+    states = []
+    for model_dir, path in ((imported, None), (direct, weights)):
+        checkpointer = checkpoints.Checkpointer(str(model_dir), arguments["checkpoint_cfg"].save)
+        cfg = dataclasses.replace(arguments["checkpoint_cfg"].restore, path=path)
+        data = arguments["train_dataset_cfg"]
+        bound = trainer.Trainer(
+            **{name: arguments[name] for name in ("model", "optimizer", "partitioner")},
+            batch_spec=data.batch_spec(), bad_numbers=bad_numbers.Policy(),
+        )  # fmt: skip
+        start = train.starting_point(bound, checkpointer, cfg, data, arguments["random_seed"])
+        assert (start.step, start.position) == (0, 0)
+        states.append(start.state)
+        checkpointer.close()
+    assert_same(*states)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_import(weights, tmp_path):
+    imported, direct = tmp_path / "imported", tmp_path / "direct"
+    run(weights, imported)
+    experiments.train("digits_stage1", *bindings(imported))
+    experiments.train("digits_stage1", *bindings(direct, f"INITIAL_CHECKPOINT_PATH = {weights!r}"))
+    states = [experiments.saved_state(str(each), 2) for each in (imported, direct)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        np.testing.assert_array_equal(states[0][name], states[1][name], err_msg=name)
+
+
+def test_a_folder_with_a_checkpoint_and_another_model_are_refused(weights, tmp_path):
+    model_dir = tmp_path / "run"
+    with pytest.raises(UserError, match="VisionTransformer.depth is 2 there and 1 here"):
+        run(weights, model_dir, "VisionTransformer.depth = 1")
+    assert not model_dir.exists()
+    run(weights, model_dir)
+    with pytest.raises(UserError, match="has a checkpoint already, of step 0"):
+        run(weights, model_dir)
+    assert checkpoints.all_steps(str(model_dir)) == [0]
+
+
+def test_the_command_prints_what_it_did(weights, tmp_path, capsys):
+    gin = [
+        f"--gin_file={experiments.GIN}/digits_stage1.gin",
+        f"--gin_search_paths={experiments.GIN}",
+    ]
+    flags = [f"--gin_bindings={each}" for each in bindings(tmp_path / "run")]
+    for arguments, status in (([], 2), ([f"--source={weights}"], 0)):
+        with pytest.raises(SystemExit) as exit_:
+            main.run("import_weights", [*gin, *flags, *arguments, "--compilation_cache_dir="])
+        assert exit_.value.code == status
+    captured = capsys.readouterr()
+    assert "error: import_weights needs --source" in captured.err
+    assert f"{weights}: CLIPA's layout, " in captured.out
+    assert (pathlib.Path(tmp_path) / "run" / "config.gin").exists()
+
+
+@pytest.mark.parametrize("partitions", [4])
+def test_scanned_layers_on_eight_devices(weights, tmp_path, partitions):
+    assert jax.device_count() == 8
+    scanned = [f"{tower}.scan_layers = True" for tower in ("VisionTransformer", "TextTransformer")]
+    run(weights, tmp_path / "run", *scanned, f"PjitPartitioner.num_partitions = {partitions}")
+    state = experiments.saved_state(str(tmp_path / "run"), 0)
+    stack = state["params/image_tower/encoder/layers/mlp/fc1/bias"]
+    with np.load(weights) as arrays:
+        for i in range(2):
+            name = f"params/img/Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/bias"
+            np.testing.assert_array_equal(stack[i], arrays[name])
