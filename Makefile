@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --no-compile --constraint constraint
 # TensorFlow reads data here; what it says of absent GPUs helps nobody.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart digits test lint test-slow clean
+.PHONY: quickstart digits test lint test-slow test-interop clean
 
 quickstart: $(VENV)/.installed ## Data, three stages of training, the table and report.html
 	$(BIN)/python -m clipa_t5x.data.build shapes --output_dir=$(DATA)/shapes
@@ -32,6 +32,9 @@ lint: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-interop: $(VENV)/.installed-interop ## Against the real OpenCLIP and Hugging Face's tokenizer
+	$(BIN)/python -m pytest tests/interop
+
 clean: ## Removes the environment; data and runs stay
 	rm -rf $(VENV)
 
@@ -46,3 +49,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) '.[test,digits]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-interop: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) '.[test,digits,interop]'
+	touch $@ $(VENV)/.installed-test $(VENV)/.installed

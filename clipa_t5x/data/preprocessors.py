@@ -278,7 +278,7 @@ def tokenize(
     reduction: str = "truncate",
     seeds: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """[CLS], at most length - 1 pieces, padding; no end token.
+    """[CLS], at most `vocabulary.room(length)` pieces, padding; no end token.
 
     Args:
       text: strings [...n].
@@ -296,7 +296,11 @@ def tokenize(
     flat = tf.reshape(text, [-1])
     rows: Any = _places(flat) if seeds is None else tf.reshape(seeds, [-1, 2])
     pieces = text_reduction.reduce(
-        vocabulary.words_tf(flat), length - 1, reduction, vocabulary=vocabulary, seeds=rows
+        vocabulary.words_tf(flat),
+        vocabulary.room(length),
+        reduction,
+        vocabulary=vocabulary,
+        seeds=rows,
     )
     ids = pieces.to_tensor(vocabulary.pad_id, shape=[None, length - 1])
     first = tf.fill([tf.shape(ids)[0], 1], tf.constant(vocabulary.cls_id, ids.dtype))

@@ -129,7 +129,12 @@ def tokenize_around_names(
     seeds = np.stack([np.zeros(len(texts), np.int64), np.arange(len(texts))], axis=1)
     mask = words.with_values(tf.constant([*itertools.chain(*named)], tf.bool))
     kept = text_reduction.reduce_others(
-        words, mask, length - 1, reduction, vocabulary=vocabulary, seeds=tf.constant(seeds)
+        words,
+        mask,
+        vocabulary.room(length),
+        reduction,
+        vocabulary=vocabulary,
+        seeds=tf.constant(seeds),
     )
     ids = np.full((len(texts), length), vocabulary.pad_id, np.int32)
     for row, pieces in zip(ids, kept, strict=True):

@@ -1,7 +1,7 @@
 """WordPiece vocabularies (BERT's tokeniser) as SeqIO vocabularies."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,13 @@ import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
 
-from clipa_t5x.data import text_files, word_classes
+from clipa_t5x.data import open_clip_tokens, text_files, word_classes
 from clipa_t5x.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
+# How texts become ids, and what stands behind their pieces: nothing, or the padding that OpenCLIP
+# has where BERT has [SEP].
+TOKENIZATIONS = {"clipa": 0, "open_clip": 1}
 
 
 @functools.cache
@@ -35,10 +38,24 @@ class BertVocabulary(seqio.Vocabulary):
     Texts are encoded without special tokens; `cls_id` is what CLIPA puts in front of them.
     """
 
-    def __init__(self, path: str):
-        """Names the vocabulary file: one piece a line, ids by line, [PAD] first."""
+    def __init__(self, path: str, tokenization: str = "clipa"):
+        """Names the vocabulary file: one piece a line, ids by line, [PAD] first.
+
+        Args:
+          path: of the file.
+          tokenization: 'clipa', texts as they are, by TensorFlow, as CLIPA's models are trained;
+            'open_clip', as OpenCLIP's tokenizer of the same models, see `open_clip_tokens`, which
+            also leaves the last position to padding.
+
+        Raises:
+          UserError: there is no such tokenization.
+        """
         super().__init__()
-        self.path = path
+        if tokenization not in TOKENIZATIONS:
+            raise UserError(
+                f"TOKENIZATION is {tokenization!r}; it must be one of {list(TOKENIZATIONS)}."
+            )
+        self.path, self.tokenization = path, tokenization
 
     @functools.cached_property
     def pieces(self) -> list[str]:
@@ -116,16 +133,53 @@ class BertVocabulary(seqio.Vocabulary):
         words = [self.pieces[i] for i in ids if i not in (self.pad_id, self.cls_id)]
         return " ".join(words).replace(" ##", "")
 
+    def room(self, length: int) -> int:
+        """Most pieces of a text in `length` positions, of which [CLS] has the first."""
+        return max(length - 1 - TOKENIZATIONS[self.tokenization], 0)
+
     def words_tf(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """Ids of the pieces of every word, int32 [n, (words), (pieces)], of strings [n].
 
         No word is without pieces: an unknown one is [UNK].
 
         Raises:
-          UserError: the file is missing, or is not a WordPiece vocabulary.
+          UserError: the file is missing, or is not a WordPiece vocabulary; or of 'open_clip', ftfy
+            is missing.
         """
         _ = self.pieces  # a missing file is the user's error, not a table's
-        return _tokenize_fn(self.path)(texts)
+        if self.tokenization == "clipa":
+            return _tokenize_fn(self.path)(texts)
+        _ = self._open_clip_words
+        ids, pieces, words = tf.numpy_function(
+            self._flat_words, [texts], [tf.int32, tf.int64, tf.int64]
+        )
+        for flat in (ids, pieces, words):
+            flat.set_shape([None])
+        return tf.RaggedTensor.from_nested_row_lengths(  # pyright: ignore[reportAttributeAccessIssue]
+            ids, [words, pieces]
+        )
+
+    @functools.cached_property
+    def _open_clip_words(self) -> Callable[[str], list[list[int]]]:
+        missing = [token for token in open_clip_tokens.SPECIAL_TOKENS if token not in self._ids]
+        if missing:
+            raise UserError(
+                f"{self.path} has no {', '.join(missing)}, which TOKENIZATION = 'open_clip' looks "
+                "for in texts: set VOCABULARY_PATH to BERT's, or TOKENIZATION = 'clipa'."
+            )
+        tokenizer = open_clip_tokens.Tokenizer(self._ids)
+        fix_text = open_clip_tokens.load_ftfy()
+        return lambda text: tokenizer.words(open_clip_tokens.clean(text, fix_text))
+
+    def _flat_words(self, texts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(ids, pieces of each word, words of each text) of UTF-8 strings [n]."""
+        rows = [self._open_clip_words(text.decode("utf-8", "replace")) for text in texts]
+        words = [word for row in rows for word in row]
+        return (
+            np.array([piece for word in words for piece in word], np.int32),
+            np.array([len(word) for word in words], np.int64),
+            np.array([len(row) for row in rows], np.int64),
+        )
 
     def _encode_tf(self, s: tf.Tensor) -> Any:
         """Ids (int32 [pieces]) of a scalar string; of [n] strings, a ragged [n, pieces]."""
@@ -145,7 +199,11 @@ class BertVocabulary(seqio.Vocabulary):
         return texts
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BertVocabulary) and other.path == self.path
+        return isinstance(other, BertVocabulary) and other._identity == self._identity
 
     def __hash__(self) -> int:
-        return hash(self.path)
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, str]:
+        return self.path, self.tokenization
