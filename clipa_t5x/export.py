@@ -1,4 +1,4 @@
-"""Weights for others: `python -m clipa_t5x.export --gin_file=MODEL_DIR/config.gin --output_dir=DIR`."""
+"""Weights for others: `python -m clipa_t5x.export --gin_file=MODEL_DIR/config.gin ...`."""
 
 import contextlib
 import dataclasses

@@ -7,6 +7,9 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from clipa_t5x import (
     checkpoint_folders,
     checkpoints,
@@ -20,6 +23,7 @@ from clipa_t5x import (
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
+from clipa_t5x.weights import exporting, open_clip_peer, parity
 
 # What a run that has read no data yet would say of its position in them.
 _NO_DATA_YET = {"next_sample": 0}
@@ -37,6 +41,8 @@ def import_weights(
     random_seed: int,
     summarize_config_fn: Callable[..., None],
     trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
+    verify: bool = False,
+    tolerance: float = parity.TOLERANCE,
     **_: Any,
 ) -> str:
     """Writes `checkpoint_0` with given parameters and a fresh optimizer, and `config.gin`.
@@ -55,6 +61,8 @@ def import_weights(
       random_seed: of the masks of a run that goes on from there.
       summarize_config_fn: as for `train.train`.
       trainer_cls: as for `train.train`.
+      verify: whether embeddings that differ, see `parity.json` in `model_dir`, are an error.
+      tolerance: see `parity.certificate`.
       **_: the other arguments of `train.train`, which are not used.
 
     Returns:
@@ -62,7 +70,7 @@ def import_weights(
 
     Raises:
       UserError: `model_dir` has a checkpoint already, or the weights are damaged or of another
-        model; nothing is written then.
+        model, and nothing is written then; or embeddings differ, and `verify` is set.
     """
     train.check_arguments(model_dir, checkpoint_cfg.save, random_seed)
     if steps := checkpoints.all_steps(model_dir):
@@ -79,13 +87,62 @@ def import_weights(
     loaded = stage_handover.load_params(
         source, trainer.abstract_state.params, checkpoint_cfg.restore.resized, model
     )
+    lengths = train_dataset_cfg.task_feature_lengths
+    batch = parity.probe(4, lengths["images"], lengths["text"], model.text_tower.vocab_size)
+    is_alone = jax.process_count() == 1  # Of several, no process has all of the parameters.
+    before = _embed_source(source, loaded, model, batch) if is_alone else None
     state = trainer.init_state(random_seed, loaded.params)
     summarize_config_fn(model_dir, None, 0)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     checkpointer.save(0, state, _NO_DATA_YET)
     checkpointer.close()
     num_params = model_info.num_params(trainer.abstract_state.params)
-    return _summary(source, model_dir, loaded, num_params)
+    summary = _summary(source, model_dir, loaded, num_params)
+    if before is None:
+        return summary
+    found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
+    summary += f"\n{parity.write(model_dir, found)}"
+    if verify and not found["passed"]:
+        raise UserError(f"{model_dir} is not what it comes from: {parity.summary(found)}.")
+    return summary
+
+
+def _certificate(
+    source: str,
+    model_dir: str,
+    loaded: stage_handover.Loaded,
+    trainer: trainer_lib.Trainer,
+    batch: parity.Probe,
+    before: tuple[parity.Embeddings, str],
+    tolerance: float,
+) -> dict[str, Any]:
+    """What `parity.json` holds: of the checkpoint, read again."""
+    again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
+    parameters = {
+        name: {**exporting.describe(np.asarray(array)), "from": [name]}
+        for name, array in checkpoints.flatten(again).items()
+    }
+    return parity.certificate(
+        source=source,
+        target=model_dir,
+        layout=loaded.file.layout if loaded.file else "a checkpoint",
+        parameters=parameters,
+        batch=batch,
+        compared_with=before[1],
+        before=before[0],
+        after=parity.embed(trainer.model, again, batch),
+        tolerance=tolerance,
+    )
+
+
+def _embed_source(
+    source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
+) -> tuple[parity.Embeddings, str]:
+    """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
+    peer = open_clip_peer.version() if open_clip_peer.is_folder(source) else None
+    if peer and not loaded.notes:  # What was resized is another model's.
+        return open_clip_peer.embed(source, batch), peer
+    return parity.embed(model, loaded.params, batch), "this package, before the checkpoint"
 
 
 def _summary(source: str, model_dir: str, loaded: stage_handover.Loaded, num_params: int) -> str:

@@ -94,8 +94,8 @@ flags.DEFINE_enum(
     "format",
     "open_clip",
     ["open_clip", "clipa", "stablehlo"],
-    "export: a folder that OpenCLIP and Hugging Face load, CLIPA's .npz, or both towers as StableHLO "
-    "that jax alone runs.",
+    "export: a folder that OpenCLIP and Hugging Face load, CLIPA's .npz, or both towers as "
+    "StableHLO that jax alone runs.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_string("output_dir", None, "export: where to.", flag_values=_FLAGS)
@@ -104,13 +104,18 @@ flags.DEFINE_integer(
     "so that no more than one parameter is in memory at a time.", lower_bound=0, flag_values=_FLAGS,
 )  # fmt: skip
 flags.DEFINE_boolean(
-    "verify", False, "export: end with status 2 where embeddings differ beyond --tolerance.",
+    "verify",
+    False,
+    "export, import_weights: end with status 2 where embeddings differ beyond --tolerance.",
     flag_values=_FLAGS,
-)  # fmt: skip
+)
 flags.DEFINE_float(
-    "tolerance", 1e-5, "export: largest difference of an embedding's numbers.", lower_bound=0.0,
+    "tolerance",
+    1e-5,
+    "export, import_weights: largest difference of an embedding's numbers.",
+    lower_bound=0.0,
     flag_values=_FLAGS,
-)  # fmt: skip
+)
 flags.DEFINE_string(
     "topology",
     None,
@@ -415,7 +420,12 @@ def _import_weights() -> None:
     if not _FLAGS.source:
         raise errors.UserError("import_weights needs --source=FILE or a folder of weights.")
     parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
-    summary = import_weights.import_weights(**gin_utils.build_arguments(ROOT), source=_FLAGS.source)
+    summary = import_weights.import_weights(
+        **gin_utils.build_arguments(ROOT),
+        source=_FLAGS.source,
+        verify=_FLAGS.verify,
+        tolerance=_FLAGS.tolerance,
+    )
     if jax.process_index() == 0:
         print(summary)
 

@@ -1,10 +1,8 @@
 import functools
 import json
-import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,7 +13,7 @@ import trap_weights
 from clipa_t5x import checkpoints, export, main
 from clipa_t5x.data import preprocessors
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import array_files, parameter_files, parity
+from clipa_t5x.weights import parameter_files, parity
 
 PIXELS, LENGTH = 16, 8
 

@@ -1,4 +1,4 @@
-"""Writes parameters in another layout, holding one of them (or a query, key and value) at a time."""
+"""Writes parameters in another layout, holding one of them (or a q, k and v) at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import google_crc32c
 import jax
 import numpy as np
 
-from clipa_t5x.towers import position_embeddings, text_transformer, vision_transformer
+from clipa_t5x.towers import position_embeddings, vision_transformer
 from clipa_t5x.weights import array_writers, layouts
 
 Read = Callable[[str], np.ndarray]

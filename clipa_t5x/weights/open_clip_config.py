@@ -1,4 +1,4 @@
-"""OpenCLIP's `open_clip_config.json` of a model here: what its own loader builds the same model by."""
+"""OpenCLIP's `open_clip_config.json` of a model here: its own loader builds the same from it."""
 
 from typing import Any
 

@@ -1,6 +1,7 @@
 """An exported folder as the real OpenCLIP sees it, where it is installed (extra `interop`)."""
 
 import importlib.util
+import os
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,11 @@ def version() -> str | None:
         )
         return None
     return f"open_clip {open_clip.__version__}"
+
+
+def is_folder(path: str) -> bool:
+    """Whether it is a local folder that OpenCLIP loads."""
+    return os.path.isfile(os.path.join(path, "open_clip_config.json"))
 
 
 def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:

@@ -54,10 +54,12 @@ def test_what_is_not_as_stated_leaves_no_file(name, tmp_path):
         array_writers.open_writer(path, ARRAYS) as writer,
     ):
         writer.write("a", np.zeros(3, np.float32))
-    with pytest.raises(ValueError, match="not written: b/kernel, empty"):
-        with array_writers.open_writer(path, ARRAYS) as writer:
-            for key in ("a", "moments", "count"):
-                writer.write(key, ARRAYS[key])
+    with (
+        pytest.raises(ValueError, match="not written: b/kernel, empty"),
+        array_writers.open_writer(path, ARRAYS) as writer,
+    ):
+        for key in ("a", "moments", "count"):
+            writer.write(key, ARRAYS[key])
     assert not list(tmp_path.iterdir())
 
 
