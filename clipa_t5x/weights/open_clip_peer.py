@@ -15,7 +15,7 @@ def version() -> str | None:
     if importlib.util.find_spec("open_clip") is None:
         return None
     try:
-        import open_clip
+        import open_clip  # pyright: ignore[reportMissingImports]
     except Exception as error:  # It starts torch, torchvision, timm and more, each in its own way.
         logging.warning(
             "open_clip is installed and cannot be imported (%s: %s).", type(error).__name__, error
@@ -34,8 +34,8 @@ def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:
 
     Images are scaled as the folder's own preprocessing says, not resized.
     """
-    import open_clip
-    import torch
+    import open_clip  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     scale: Any = preprocess.transforms[-1]  # pyright: ignore[reportAttributeAccessIssue]
