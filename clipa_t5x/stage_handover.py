@@ -86,7 +86,17 @@ def load_params(path: str, abstract_params: Any, resized: Sequence[str] = ()) ->
     if array_files.is_file(path):
         with parameter_files.open_parameters(path) as file:
             return Loaded(*_load(file, abstract_params, resized), model_dir=None, step=0)
-    model_dir, step = checkpoints.locate(path)
+    return load_checkpoint(*checkpoints.locate(path), abstract_params, resized)
+
+
+def load_checkpoint(
+    model_dir: str, step: int, abstract_params: Any, resized: Sequence[str] = ()
+) -> Loaded:
+    """Parameters of a checkpoint that is known to be whole; else as `load_params`.
+
+    Raises:
+      UserError: names or shapes differ beyond `resized`.
+    """
     folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
     source = Checkpoint(folder, checkpoints.saved_params(model_dir, step))
     return Loaded(*_load(source, abstract_params, resized), model_dir, step)
