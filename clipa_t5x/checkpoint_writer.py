@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -22,8 +23,10 @@ from clipa_t5x import (
     checkpoint_folders,
     checkpoint_manifest,
     checkpoint_retention,
+    evaluation_records,
     train_state,
 )
+from clipa_t5x.errors import storage_errors
 
 # Where all cores are busy, a save gets what the threads of the train step leave.
 _NICENESS = 19
@@ -185,12 +188,26 @@ class CheckpointWriter:
             checkpoint_folders.remove(self._folder(step))
 
     def _metric(self, step: int) -> float | None:
-        if not self._retention.keep_best:
+        if not self._retention.keep_best or self._best_metric is None:
             return None
         try:
-            return checkpoint_manifest.read(self._folder(step))["metrics"].get(self._best_metric)
+            metrics = checkpoint_manifest.read(self._folder(step))["metrics"]
         except (checkpoint_manifest.DamageError, checkpoint_manifest.UnreadableError):
             return None
+        if self._best_metric in metrics:
+            return metrics[self._best_metric]
+        return self._metric_of_another_process(step, self._best_metric)
+
+    def _metric_of_another_process(self, step: int, name: str) -> float | None:
+        """What `eval --watch` has found so far."""
+        path = epath.Path(self._model_dir) / evaluation_records.file_name(step)
+        try:
+            text = path.read_text() if path.exists() else ""
+        except storage_errors():
+            return None
+        evaluation = evaluation_records.parse(text)
+        value = evaluation.value(name) if evaluation else None
+        return value if value is not None and math.isfinite(value) else None
 
 
 def _yield_to_training() -> None:

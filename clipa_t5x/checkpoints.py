@@ -46,7 +46,7 @@ class SaveCheckpointConfig:
       keep: how many of the newest to keep; None keeps all.
       keep_period: also keep those whose step is a multiple of it; None for none.
       keep_best: also keep so many of the best by `best_metric`, of those that are evaluated in the
-        step that they are saved in.
+        step that they are saved in, or by then by `eval --watch`.
       best_metric: such as 'inference_eval/imagenet/accuracy'.
       best_mode: 'max' where larger is better, or 'min'.
       max_failed_saves: how many saves of a start may fail, each logged as an error, before the run

@@ -1,5 +1,9 @@
-"""Evaluation of any checkpoint: `python -m clipa_t5x.eval --gin_file=MODEL_DIR/config.gin`."""
+"""Evaluation of any checkpoint: `python -m clipa_t5x.eval --gin_file=MODEL_DIR/config.gin`.
 
+With `--watch`, of every checkpoint of a run, beside training.
+"""
+
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,14 +12,19 @@ from absl import logging
 from clipa_t5x import (
     checkpoints,
     evaluation,
+    evaluation_watch,
+    lease,
     metrics,
     models,
     optimizers,
     partitioning,
+    preemption,
     stage_handover,
+    supervision,
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
 
 
@@ -69,6 +78,76 @@ def evaluate(
     results = evaluation.run_evaluators(evaluators, loaded.params, embed, writer, step, gallery_dir)
     writer.close()
     return results
+
+
+def watch(
+    *,
+    model: models.ClipModel,
+    optimizer: optimizers.Optimizer,
+    partitioner: partitioning.PjitPartitioner,
+    train_dataset_cfg: input_pipeline.DatasetConfig,
+    train_eval_dataset_cfg: input_pipeline.DatasetConfig | None,
+    evaluators: Mapping[str, evaluator.Evaluator],
+    model_dir: str,
+    total_steps: int,
+    patience: evaluation_watch.Patience,
+    **_: Any,
+) -> None:
+    """Evaluates every complete checkpoint of a run once, as training would, until it is completed.
+
+    Results are in `MODEL_DIR/evaluations/<step>.json`, see `evaluation_records`, and TensorBoard's.
+
+    Args:
+      model: as for `train.train`.
+      optimizer: as for `train.train`.
+      partitioner: as for `train.train`.
+      train_dataset_cfg: as for `train.train`.
+      train_eval_dataset_cfg: as for `train.train`.
+      evaluators: as for `train.train`.
+      model_dir: of the run, which need not have begun.
+      total_steps: as for `train.train`; after the last, evaluators leave what is not a number.
+      patience: how to wait.
+      **_: the other arguments of `train.train`, which are not used.
+
+    Raises:
+      RestartError: it was asked to stop, or nothing new came for too long.
+      UserError: another watch is on this MODEL_DIR, or see `evaluation_watch.Watch.run`.
+    """
+    if not model_dir:
+        raise UserError("MODEL_DIR is empty: name that of the run to watch.")
+    for each in (train_eval_dataset_cfg, *evaluators.values()):
+        if each is not None:
+            each.check()
+    trainer = trainer_lib.Trainer(
+        model=model,
+        optimizer=optimizer,
+        partitioner=partitioner,
+        batch_spec=train_dataset_cfg.batch_spec(),
+    )
+    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(preemption.stop_requests())
+        folder = evaluation_watch.lease_folder(model_dir)
+        check_lease = stack.enter_context(lease.held(folder, owner="watch"))
+        writer = stack.enter_context(contextlib.closing(evaluation_watch.RecordWriter(model_dir)))
+
+        def before_batch() -> None:
+            if stop.requested():
+                raise supervision.StopRequestedError
+
+        # One for all checkpoints: their programs are compiled once.
+        run_all = evaluation.Evaluation(
+            trainer, layout, train_eval_dataset_cfg, evaluators, writer, model_dir, before_batch
+        )
+        logging.info("Watching %s for checkpoints.", model_dir)
+        evaluation_watch.Watch(
+            model_dir,
+            trainer.abstract_state.params,
+            lambda step, params: run_all(step, params, last=step == total_steps),
+            writer,
+            stop,
+            check_lease,
+        ).run(patience)
 
 
 if __name__ == "__main__":

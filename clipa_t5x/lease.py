@@ -86,8 +86,11 @@ class Holder:
 class Claim:
     """This process's claim to a MODEL_DIR, made by `acquire`; see `held`."""
 
-    def __init__(self, model_dir: str, holder: Holder, timeout: float, period: float):
+    def __init__(
+        self, model_dir: str, holder: Holder, timeout: float, period: float, owner: str = "run"
+    ):
         """Writes nothing yet."""
+        self._owner = owner
         self._model_dir, self._holder = model_dir, holder
         self._folder = epath.Path(model_dir) / FOLDER
         self._own = self._folder / str(holder)
@@ -148,8 +151,8 @@ class Claim:
             (self._folder / name).unlink(missing_ok=True)
         elif alive and (_says_held(text) is not False or name < self._own.name):
             raise UserError(
-                f"MODEL_DIR {self._model_dir} is in use by another run: {_describe(name, text)}. "
-                "Stop that run, or take another MODEL_DIR."
+                f"MODEL_DIR {self._model_dir} is in use by another {self._owner}: "
+                f"{_describe(name, text)}. Stop that {self._owner}, or take another MODEL_DIR."
             )
 
     def _log_wait(self, name: str, alive: bool | None) -> None:
@@ -221,7 +224,12 @@ class Claim:
 
 @contextlib.contextmanager
 def held(
-    model_dir: str, *, timeout: float = TIMEOUT, period: float = PERIOD, host: str | None = None
+    model_dir: str,
+    *,
+    timeout: float = TIMEOUT,
+    period: float = PERIOD,
+    host: str | None = None,
+    owner: str = "run",
 ) -> Iterator[Callable[[], None]]:
     """Holds a MODEL_DIR within; yields `Claim.check`, to be called before each save.
 
@@ -234,6 +242,7 @@ def held(
         dead; several times as long as the holder's period.
       period: seconds between this run's own heartbeats.
       host: pretends to run on another machine, by name; None for this one.
+      owner: what holds it, for people.
 
     Raises:
       UserError: another live run holds it, or it cannot be written.
@@ -242,7 +251,7 @@ def held(
         checkpoints.wait_for_all_processes("lease_held")
         yield lambda: None
         return
-    claim = Claim(model_dir, Holder.this_process(host), timeout, period)
+    claim = Claim(model_dir, Holder.this_process(host), timeout, period, owner)
     claim.acquire()
     try:
         checkpoints.wait_for_all_processes("lease_held")

@@ -34,7 +34,7 @@ GIN_VERBS = (
     *("export", "import_weights"),
 )
 # Those that go on where they were.
-RESTARTABLE_VERBS = ("train", "schedule")
+RESTARTABLE_VERBS = ("train", "eval", "schedule")
 PLAIN_VERBS = {
     "build": "clipa_t5x.data.build",
     "report": "clipa_t5x.report",
@@ -82,6 +82,23 @@ flags.DEFINE_string(
     None,
     "import_weights: CLIPA's .npz (also FILE.npz:SUB/TREE) or T5X folder, OpenCLIP's .safetensors "
     "or a folder with open_clip_config.json, or this package's own.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_boolean(
+    "watch",
+    False,
+    "eval: every checkpoint of MODEL_DIR as it comes, once, until the run is completed.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_float(
+    "poll_seconds", 10.0, "eval --watch: between two looks.", lower_bound=0.0, flag_values=_FLAGS
+)
+flags.DEFINE_float(
+    "news_timeout_seconds",
+    None,
+    "eval --watch: end, with the status that asks to be started again, after so long without a new "
+    "checkpoint; default: wait for ever.",
+    lower_bound=0.0,
     flag_values=_FLAGS,
 )
 flags.DEFINE_boolean(
@@ -224,8 +241,8 @@ def _status(verb: str, arguments: Sequence[str] | None) -> int:
     """Runs a verb; where one of several processes fails alone, it ends here."""
     try:
         status = one_line_errors(lambda: _run(verb, arguments))
-    except preemption.PreemptedError as stopped:
-        logging.info("The run %s.", gin_utils.message(stopped))
+    except preemption.RestartError as stopped:
+        logging.info("%s.", gin_utils.message(stopped))
         return preemption.RESTART_STATUS
     except Exception as error:
         if jax.distributed.is_initialized():
@@ -392,9 +409,19 @@ def _train() -> None:
 
 def _eval() -> None:
     from clipa_t5x import eval as eval_lib
+    from clipa_t5x import evaluation_watch
 
     parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
-    eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
+    if not _FLAGS.watch:
+        eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
+        return
+    if _FLAGS.checkpoint:
+        raise errors.UserError(
+            f"--watch evaluates all of MODEL_DIR's checkpoints, and --checkpoint is "
+            f"{_FLAGS.checkpoint}: give one of the two."
+        )
+    patience = evaluation_watch.Patience(_FLAGS.poll_seconds, _FLAGS.news_timeout_seconds)
+    eval_lib.watch(**gin_utils.build_arguments(ROOT), patience=patience)
 
 
 def _export() -> None:

@@ -66,6 +66,10 @@ class MetricsWriter:
                 f.write(json.dumps(record) + "\n")
         except storage_errors() as error:
             logging.error("Cannot write %s (%s): the run goes on.", path, error)
+        self.write_events(step, group, scalars)
+
+    def write_events(self, step: int, group: str, scalars: Mapping[str, float]) -> None:
+        """Writes scalars for TensorBoard alone."""
         with self._events(group):
             self.group(group).write_scalars(step, scalars)
 
@@ -82,11 +86,17 @@ class MetricsWriter:
             logging.error("Cannot write events of %s (%s): the run goes on.", group, cause)
             self._writers.pop(group, None)
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Waits until all is written."""
         for group, writer in list(self._writers.items()):
             with self._events(group):
                 writer.flush()
+
+    def close(self) -> None:
+        """Waits until all is written, and ends."""
+        self.flush()
+        for group, writer in list(self._writers.items()):
+            with self._events(group):
                 writer.close()
         self._writers.clear()
 

@@ -29,11 +29,15 @@ _WAIT_MS = 600_000
 _ROUNDS = itertools.count(1)
 
 
-class PreemptedError(Exception):
+class RestartError(Exception):
+    """Something ends early and in good order; the same command goes on where it was."""
+
+
+class PreemptedError(RestartError):
     """The run was asked to stop, and has: everything it did is saved."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped on request after step {step}, which is saved")
+        super().__init__(f"The run stopped on request after step {step}, which is saved")
         self.step = step
 
 

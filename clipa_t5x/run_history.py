@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from clipa_t5x import errors, wall_time
+from clipa_t5x import errors, evaluation_records, wall_time
 
 METRICS_FILE = "metrics.jsonl"
 STAGE_FILE = "stage.json"
@@ -254,7 +254,7 @@ def _load_stage(folder: pathlib.Path) -> Stage:
         name=folder.resolve().name,
         directory=folder,
         info=info,
-        records=_read_records(folder / METRICS_FILE, problems),
+        records=_read_records(folder, problems),
         config=_read_text(folder / CONFIG_FILE),
         model_info=_read_text(folder / MODEL_INFO_FILE),
         gallery=tuple(_gallery_items(gallery)),
@@ -285,8 +285,32 @@ def _read_object(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _read_records(path: pathlib.Path, problems: list[str]) -> dict[str, tuple[Record, ...]]:
+def _read_records(folder: pathlib.Path, problems: list[str]) -> dict[str, tuple[Record, ...]]:
     groups: dict[str, dict[int, Record]] = {}
+    _read_metrics(folder / METRICS_FILE, groups, problems)
+    # Of a step that training evaluated, too, the values are the same.
+    for evaluation in _evaluations(folder / evaluation_records.FOLDER):
+        for group, values in evaluation.results.items():
+            record = Record(evaluation.step, evaluation.time, values)
+            groups.setdefault(group, {})[record.step] = record
+    return {
+        group: tuple(by_step[step] for step in sorted(by_step)) for group, by_step in groups.items()
+    }
+
+
+def _evaluations(folder: pathlib.Path) -> Iterator[evaluation_records.Evaluation]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    steps = {evaluation_records.step_of(path.name): path for path in paths if path.is_file()}
+    for step in sorted(step for step in steps if step is not None):
+        evaluation = evaluation_records.parse(_read_text(steps[step]))
+        # What cannot be read is being written, or will be written anew.
+        if evaluation is not None:
+            yield evaluation
+
+
+def _read_metrics(
+    path: pathlib.Path, groups: dict[str, dict[int, Record]], problems: list[str]
+) -> None:
     unreadable = 0
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as lines:
@@ -303,9 +327,6 @@ def _read_records(path: pathlib.Path, problems: list[str]) -> dict[str, tuple[Re
     if unreadable:
         lines_were = "1 line was" if unreadable == 1 else f"{unreadable} lines were"
         problems.append(f"{lines_were} unreadable in {path.name} and left out")
-    return {
-        group: tuple(by_step[step] for step in sorted(by_step)) for group, by_step in groups.items()
-    }
 
 
 def _parse_line(line: str) -> tuple[str, Record] | None:

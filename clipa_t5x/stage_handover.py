@@ -109,7 +109,17 @@ def load_params(
         for warning in file.warnings:
             logging.warning("%s", warning)
         return Loaded(params, notes, None, 0, file)
-    model_dir, step = checkpoints.locate(path)
+    return load_checkpoint(*checkpoints.locate(path), abstract_params, resized)
+
+
+def load_checkpoint(
+    model_dir: str, step: int, abstract_params: Any, resized: Sequence[str] = ()
+) -> Loaded:
+    """Parameters of a checkpoint that is known to be whole; else as `load_params`.
+
+    Raises:
+      UserError: names or shapes differ beyond `resized`.
+    """
     folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
     source = Checkpoint(folder, checkpoints.saved_params(model_dir, step))
     return Loaded(*_load(source, abstract_params, resized), model_dir, step)

@@ -45,7 +45,7 @@ def train(
     checkpoint_cfg: checkpoints.CheckpointConfig,
     model_dir: str,
     total_steps: int,
-    eval_period: int,
+    eval_period: int | None,
     stats_period: int,
     random_seed: int,
     summarize_config_fn: Callable[..., None],
@@ -64,7 +64,7 @@ def train(
       checkpoint_cfg: when to save, and where a fresh run takes its parameters from.
       model_dir: where everything is written.
       total_steps: absolute, those of earlier starts included.
-      eval_period: steps between evaluations.
+      eval_period: steps between evaluations; None leaves all of them to `eval --watch`.
       stats_period: steps between lines of metrics; each is the mean over these steps.
       random_seed: of parameters and of masks.
       summarize_config_fn: called as (model_dir, clu writer, step); writes the configuration that

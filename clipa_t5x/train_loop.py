@@ -64,12 +64,13 @@ class Periods:
 
     Attributes:
       total: absolute, those of earlier starts included.
-      evaluation: between evaluations; the last step is evaluated, too.
+      evaluation: between evaluations; the last step is evaluated, too. None leaves all of them to
+        another process, `eval --watch`.
       log: between lines of metrics; each is the mean over these steps.
     """
 
     total: int
-    evaluation: int
+    evaluation: int | None
     log: int
 
     def __post_init__(self) -> None:
@@ -80,7 +81,14 @@ class Periods:
         """
         named = {"TRAIN_STEPS": self.total, "EVAL_PERIOD": self.evaluation, "LOG_PERIOD": self.log}
         for name, value in named.items():
-            check_number(name, value, minimum=1, whole=True)
+            if name != "EVAL_PERIOD" or value is not None:
+                check_number(name, value, minimum=1, whole=True)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the parameters after `step` updates are to be evaluated here."""
+        if self.evaluation is None:
+            return False
+        return step == self.total or step % self.evaluation == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +312,7 @@ class TrainLoop:
         stopping, results = self.supervisor.stop.requested(), {}
         if stopping or is_last or step % self.periods.log == 0:
             self.progress.log(step, batches.statistics())
-        self._evaluation_due = is_last or step % self.periods.evaluation == 0
+        self._evaluation_due = self.periods.is_evaluated(step)
         if self._evaluation_due and not stopping:
             try:
                 results = self._evaluate(step, state)

@@ -13,12 +13,12 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
-    | {"processes", "wall_time"}
+    | {"processes", "wall_time", "evaluation_records"}
     | {"preemption", "peers", "watchdog"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"} | {"bad_numbers"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
-    | {"train_loop", "evaluation", "supervision"}
+    | {"train_loop", "evaluation", "evaluation_watch", "supervision"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"}

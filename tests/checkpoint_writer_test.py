@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from saved_runs import DATA, abstract, assert_same, one_line_error, restore, small_state
 
-from clipa_t5x import checkpoint_manifest, checkpoint_writer, checkpoints
+from clipa_t5x import checkpoint_manifest, checkpoint_writer, checkpoints, evaluation_records
 
 
 def open_run(model_dir, **cfg):
@@ -188,6 +188,18 @@ def test_the_best_are_kept(tmp_path):
     # Another start knows them from the disk.
     assert save_evaluated(tmp_path, {6: {name: 0.8}, 7: {}}, **rules) == [2, 7]
     assert save_evaluated(tmp_path, {8: {name: 0.1}}, **rules, best_mode="min") == [8]
+
+
+def test_the_best_may_be_found_by_another_process(tmp_path):
+    name = "inference_eval/digit/accuracy"
+    rules = {"keep": 1, "keep_best": 1, "best_metric": name}
+    (tmp_path / evaluation_records.FOLDER).mkdir()
+    for step, value in ((1, 0.2), (2, 0.9), (3, float("nan"))):
+        results = {"inference_eval/digit": {"accuracy": value}}
+        record = evaluation_records.Evaluation(step, 0.0, results)
+        (tmp_path / evaluation_records.file_name(step)).write_text(record.to_json())
+    (tmp_path / evaluation_records.file_name(4)).write_text("{")
+    assert save_evaluated(tmp_path, {1: {}, 2: {}, 3: {}, 4: {}, 5: {}}, **rules) == [2, 5]
 
 
 def test_a_metric_that_nobody_gives_is_told_once(tmp_path, caplog):

@@ -32,6 +32,7 @@ STAGE1 = f"--gin_file={experiments.GIN}/digits_stage1.gin"
             "NUM_MICROBATCHES is 3",
         ),
         ([STAGE1, "--process_count=2"], "go together"),
+        ([STAGE1, "--poll_seconds=-1"], "poll_seconds"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypatch):
@@ -44,6 +45,14 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypa
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
     assert "In call to configurable" not in stderr
+
+
+def test_a_watch_takes_no_single_checkpoint(capsys, monkeypatch):
+    monkeypatch.chdir(experiments.REPOSITORY)
+    with pytest.raises(SystemExit) as exit_:
+        main.run("eval", [STAGE1, "--gin.MODEL_DIR='x'", "--watch", "--checkpoint=x/checkpoint_3"])
+    assert exit_.value.code == 2
+    assert "--checkpoint is x/checkpoint_3: give one of the two" in capsys.readouterr().err
 
 
 def test_what_is_not_the_users_mistake_keeps_its_traceback():

@@ -72,6 +72,15 @@ def test_a_second_start_appends(tmp_path):
     assert events(tmp_path / "train") == {(1, "loss"): 1, (2, "loss"): 2}
 
 
+def test_events_alone_leave_no_line(tmp_path):
+    writer = metrics.MetricsWriter(str(tmp_path))
+    writer.write_events(3, "inference_eval/digit", {"accuracy": 0.5})
+    writer.flush()
+    assert events(tmp_path / "inference_eval" / "digit") == {(3, "accuracy"): 0.5}
+    writer.close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_tensorboard_has_a_folder_per_group(tmp_path):
     writer = metrics.MetricsWriter(str(tmp_path))
     for step in range(1, 30):

@@ -131,6 +131,13 @@ def test_steps_are_logged_evaluated_and_saved_in_this_order(make_run):
     assert run.logged() == [2, 4, 6]
 
 
+def test_evaluation_may_be_left_to_another_process(make_run):
+    run = make_run(evaluation=None)
+    run.start()
+    assert run.events == ["save 2", "save 4", "save 6"]
+    assert run.start().step == STEPS and len(run.events) == 3
+
+
 def stop_after(run, step, signum=signal.SIGTERM):
     """Sends this process a signal when step `step` is about to be dispatched."""
     train_step = run.bound.compiled_train_step
