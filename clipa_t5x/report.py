@@ -117,7 +117,7 @@ def render(history: run_history.RunHistory) -> str:
         *(f'<p class="note">{_escape(problem)}</p>' for problem in problems),
         _section("summary", "Summary", _table(rows)),
         _section("time", "Where the time went", goodput_plot.figure(history)),
-        _section("curves", f"Over {history.axis}", report_plots.curves(history)),
+        _section("curves", f"Over {' or '.join(history.axes)}", report_plots.curves([history])),
         _section("gallery", "Test captions and the images nearest to them", _gallery(history)),
         _section("stages", "Configuration and parameters", _stage_files(history)),
         "</main>\n</body>\n</html>\n",
@@ -131,7 +131,7 @@ def _section(key: str, heading: str, content: str) -> str:
 
 
 def _style() -> str:
-    return report_plots.color_style() + _CSS
+    return report_plots.color_style() + report_plots.SWITCH_STYLE + _CSS
 
 
 def _escape(text: Any) -> str:
@@ -148,7 +148,8 @@ def _when(history: run_history.RunHistory) -> str:
 
 
 def _facts(history: run_history.RunHistory, rows: list[dict[str, Any]]) -> str:
-    losses = [y for part in history.curve(run_history.TRAIN_GROUP, "loss") for _, y in part]
+    axis = history.axes[0]
+    losses = [y for part in history.curve(run_history.TRAIN_GROUP, "loss", axis) for _, y in part]
     seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
     newest = next((stage for stage in reversed(history.stages) if stage.info), history.stages[-1])
     parameters = newest.number("num_params")
@@ -157,7 +158,10 @@ def _facts(history: run_history.RunHistory, rows: list[dict[str, Any]]) -> str:
         last = [row["zero_shot"][name] for row in rows if row["zero_shot"][name] is not None][-1]
         facts.append((f"Zero-shot top-1, {name}", run_summary.format_percent(last)))
     facts.append(("Train loss", f"{losses[-1]:.4g}" if losses else None))
-    facts.append((history.axis.capitalize(), run_summary.format_count(history.spans[-1][1])))
+    for each in history.axes:
+        total = history.spans(each)[-1][1]
+        show = report_plots.format_flops if each == run_history.FLOPS else run_summary.format_count
+        facts.append((each[:1].upper() + each[1:], show(total)))
     facts.append(("Training time", run_summary.format_duration(sum(seconds)) if seconds else None))
     facts.append(("Parameters", parameters and run_summary.format_compact(parameters)))
     facts.append(("Devices", newest.text("devices")))
