@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from clipa_t5x import errors, wall_time
+from clipa_t5x import errors, run_tables, wall_time
 
 METRICS_FILE = "metrics.jsonl"
 STAGE_FILE = "stage.json"
@@ -82,6 +82,8 @@ class Stage:
         config: Text of `config.gin`, empty when absent.
         model_info: Text of `model-info.txt`, empty when absent.
         gallery: Retrieval examples, empty when absent.
+        sharding: How its parameters lay on the devices; None when absent.
+        confusions: The worst classes of its evaluations.
         time_spent: Where its time went, over all its starts; None when it was not recorded.
         problems: What could not be read, one sentence each.
     """
@@ -93,6 +95,8 @@ class Stage:
     config: str = ""
     model_info: str = ""
     gallery: tuple[GalleryItem, ...] = ()
+    sharding: run_tables.Sharding | None = None
+    confusions: tuple[run_tables.Confusion, ...] = ()
     time_spent: wall_time.Summary | None = None
     problems: tuple[str, ...] = ()
 
@@ -293,6 +297,8 @@ def _load_stage(folder: pathlib.Path) -> Stage:
         config=_read_text(folder / CONFIG_FILE),
         model_info=_read_text(folder / MODEL_INFO_FILE),
         gallery=tuple(_gallery_items(gallery)),
+        sharding=run_tables.sharding(_read_object(folder / run_tables.SHARDING_FILE, problems)),
+        confusions=tuple(_read_confusions(folder, problems)),
         time_spent=_read_wall_time(folder / wall_time.FILE),
         problems=tuple(problems),
     )
@@ -305,6 +311,16 @@ def _read_text(path: pathlib.Path) -> str:
 def _read_wall_time(path: pathlib.Path) -> wall_time.Summary | None:
     lines = wall_time.parse(_read_text(path))
     return wall_time.summarize(lines) if lines else None
+
+
+def _read_confusions(folder: pathlib.Path, problems: list[str]) -> Iterator[run_tables.Confusion]:
+    for path in sorted(folder.glob(run_tables.CONFUSION_FILES))[: run_tables.MAX_CONFUSIONS]:
+        record = _read_object(path, problems)
+        found = run_tables.confusion(record)
+        if found is not None:
+            yield found
+        elif record:
+            problems.append(f"{path.name} names no evaluation or no class and was left out")
 
 
 def _read_object(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:

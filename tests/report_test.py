@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 
-from clipa_t5x import errors, report, report_plots, run_history
+from clipa_t5x import errors, report, report_page, report_plots, run_history
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
 STAGES = (
@@ -306,7 +306,7 @@ def test_output_is_written_whole_or_not(tmp_path, schedule, monkeypatch):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", broken)
+    monkeypatch.setattr(report_page.os, "replace", broken)
     with pytest.raises(errors.UserError, match="No space left"):
         report.write_report(schedule, target)
     assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
