@@ -55,7 +55,7 @@ def render(history: run_history.RunHistory) -> str:
         _facts(history, rows),
         *report_page.problems(history),
         section("summary", "Summary", _table(rows)),
-        section("time", "Where the time went", goodput_plot.figure(history)),
+        section("time", "Where the time went", goodput_plot.figure([history])),
         section("curves", f"Over {' or '.join(history.axes)}", curves),
         section("confusion", "Classes that are confused most", _confusions(history)),
         section("gallery", "Test captions and the images nearest to them", _gallery(history)),

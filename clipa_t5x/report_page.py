@@ -36,6 +36,8 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 .words th, .words td { text-align: left; white-space: normal; }
 .words td:nth-child(n+2):not(:last-child) { white-space: nowrap; }
 .scroll { max-height: 34rem; overflow: auto; }
+.run-0 { color: var(--series-1); }
+.run-1 { color: var(--series-2); }
 .plots { display: grid; gap: 1.5rem 2rem; margin-bottom: 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
 .small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
@@ -190,6 +192,7 @@ def sharding(table_of: run_tables.Sharding, label: str) -> str:
         for row in rows
     ]
     total = sum(row.bytes_per_device for row in rows)
+    mesh = report_plots.label(table_of.mesh, 200) or run_summary.MISSING
     note = f"Mesh: {mesh}. All parameters: {total:,} bytes per device."
     return table(cells, label, note, "words")
 

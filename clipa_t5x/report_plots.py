@@ -41,9 +41,6 @@ _MAX_POINTS = 600
 # Of metrics that have no panel of their own in `_plots`: a stranger's log may have any number.
 _MAX_OTHERS = 24
 
-# Values that say how something was measured, and not how it went.
-_NO_METRICS = frozenset({"samples", "num_examples", "seconds"})
-
 # Retrieval: (kind, k) of `recall_at_5`, `text_to_image_recall_at_5`, `R@5`.
 _RECALL = re.compile(r"(.*?)(?:recall(?:_at_|@)|[rR]@)(\d+)")
 
@@ -114,7 +111,7 @@ class _View:
             for group in history.groups(kind)
             for name in history.value_names(group)
         }
-        return [name for name in names if name not in {*known, *_NO_METRICS}]
+        return [name for name in names if name not in {*known, *run_summary.NO_METRICS}]
 
 
 def _plots(view: _View) -> list[_Plot]:

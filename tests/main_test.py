@@ -64,7 +64,10 @@ def test_the_console_command_lists_its_verbs(capsys):
     with pytest.raises(SystemExit) as exit_:
         main.main(["tarin"])
     assert exit_.value.code == 2
-    assert "train,eval,schedule,precompile,benchmark,build,report,plan" in capsys.readouterr().out
+    assert (
+        "train,eval,schedule,precompile,benchmark,build,report,compare,plan"
+        in capsys.readouterr().out
+    )
 
 
 def test_importing_the_doors_starts_nothing():
