@@ -194,7 +194,7 @@ def sharding(table_of: run_tables.Sharding, label: str) -> str:
     total = sum(row.bytes_per_device for row in rows)
     mesh = report_plots.label(table_of.mesh, 200) or run_summary.MISSING
     note = f"Mesh: {mesh}. All parameters: {total:,} bytes per device."
-    return table(cells, label, note, "words")
+    return f'<div class="scroll">{table(cells, label, note, "words")}</div>'
 
 
 def confusion(found: run_tables.Confusion, label: str) -> str:
