@@ -1,6 +1,7 @@
 """The report's bars of where each stage's wall time went."""
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 from clipa_t5x import report_plots, run_history, run_summary, wall_time
@@ -17,24 +18,37 @@ _COLORS = {
 }
 
 
-def figure(history: run_history.RunHistory) -> str:
+def figure(histories: Sequence[run_history.RunHistory], names: Sequence[str] = ("",)) -> str:
     """HTML of a bar for every stage that recorded its time, and of one for all; '' without any.
+
+    Args:
+        histories: one run, or several under each other.
+        names: of the runs, where there are several.
 
     Raises:
         errors.UserError: matplotlib is missing.
     """
-    bars = [(each.name, each.time_spent) for each in history.stages if each.time_spent]
-    if len(bars) > 1:
-        bars.append(("all stages", wall_time.total([summary for _, summary in bars])))
+    bars, captions = [], []
+    for history, name in zip(histories, names, strict=True):
+        own = _bars(history)
+        bars += [(f"{name} {title}".strip(), summary) for title, summary in own]
+        captions += [f"{name} {_caption(own[-1][1])}".strip()] if own else []
     if not bars:
         return ""
     texts = [f"{name}: {run_summary.format_goodput(summary)}" for name, summary in bars]
-    short = _caption(bars[-1][1])
+    short = ". ".join(captions)
     svg = report_plots.draw_svg(
         lambda axes: _draw(axes, bars), "goodput", (8.8, 0.95 + 0.33 * len(bars)), ". ".join(texts)
     )
     title = "<strong>Goodput</strong>"
     return f"<figure><figcaption>{title} {html.escape(short)}</figcaption>{svg}</figure>"
+
+
+def _bars(history: run_history.RunHistory) -> list[tuple[str, wall_time.Summary]]:
+    bars = [(each.name, each.time_spent) for each in history.stages if each.time_spent]
+    if len(bars) > 1:
+        bars.append(("all stages", wall_time.total([summary for _, summary in bars])))
+    return bars
 
 
 def _caption(summary: wall_time.Summary) -> str:

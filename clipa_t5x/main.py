@@ -38,6 +38,7 @@ RESTARTABLE_VERBS = ("train", "eval", "schedule")
 PLAIN_VERBS = {
     "build": "clipa_t5x.data.build",
     "report": "clipa_t5x.report",
+    "compare": "clipa_t5x.compare",
     "plan": "clipa_t5x.plan",
 }
 

@@ -40,6 +40,31 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
             for row in rows]  # fmt: skip
 
 
+def sharding_record(abstract_params: Any, mesh: Any) -> dict[str, Any]:
+    """The table of parameters as plain values, for `sharding.json`.
+
+    Args:
+      abstract_params: of `jax.ShapeDtypeStruct` with named shardings.
+      mesh: concrete or abstract.
+
+    Returns:
+      'mesh': axis to size; 'parameters': rows of 'parameter' (its path), 'shape', 'dtype',
+      'sharding' (of every dimension the mesh axis, a list of axes, or None), and 'bytes' on one
+      device.
+    """
+    rows = []
+    for name, leaf in checkpoints.flatten(abstract_params).items():
+        spec = [*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec))]
+        rows.append({
+            "parameter": name,
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "sharding": [list(axes) if isinstance(axes, tuple) else axes for axes in spec],
+            "bytes": bytes_per_device(leaf),
+        })  # fmt: skip
+    return {"mesh": dict(mesh.shape), "parameters": rows}
+
+
 def describe(
     abstract_state: Any,
     logical_axes: Any,

@@ -178,9 +178,22 @@ def differences(before: str, after: str) -> list[str]:
       after: of the other.
 
     Returns:
-      '- NAME = as it was' and '+ NAME = as it is', of macros and of parameters of functions; none
-      where both train the same. What one says and the other leaves to the function's default is no
-      difference.
+      '- NAME = as it was' and '+ NAME = as it is', of what `changes` finds.
+    """
+    return [
+        f"{sign} {name} = {value}"
+        for name, *values in changes(before, after)
+        for sign, value in zip("-+", values, strict=True)
+        if value is not None
+    ]
+
+
+def changes(before: str, after: str) -> list[tuple[str, str | None, str | None]]:
+    """What two resolved configurations would train differently.
+
+    Returns:
+      (name, as it was, as it is) of macros and of parameters of functions; None is for what one
+      does not have. What one says and the other leaves to the function's default is no difference.
     """
     old, new = _Recipe(before), _Recipe(after)
     found: dict[str, tuple[Any, Any]] = {}
@@ -192,11 +205,14 @@ def differences(before: str, after: str) -> list[str]:
             scope, function, parameter = key
             name = f"{scope}/{function}.{parameter}" if scope else f"{function}.{parameter}"
             found[name] = old.value(key), new.value(key)
+
+    def text(value: Any) -> str | None:
+        return None if value is _MISSING else repr(value)
+
     return [
-        f"{sign} {name} = {value!r}"
+        (name, text(found[name][0]), text(found[name][1]))
         for name in sorted(found, key=lambda name: ("." in name, name))
-        for sign, value in zip("-+", found[name], strict=True)
-        if found[name][0] != found[name][1] and value is not _MISSING
+        if found[name][0] != found[name][1]
     ]
 
 

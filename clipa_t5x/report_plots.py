@@ -1,12 +1,13 @@
 """The report's curves: matplotlib's drawings, made into SVG that shares a page with others."""
 
+import collections
 import dataclasses
 import html
 import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from clipa_t5x import errors, run_history, run_summary
@@ -37,12 +38,22 @@ _DASHES = ("-", "--", ":", "-.")
 _MAX_POINTS = 600
 
 
+# Of metrics that have no panel of their own in `_plots`: a stranger's log may have any number.
+_MAX_OTHERS = 24
+
+# Retrieval: (kind, k) of `recall_at_5`, `text_to_image_recall_at_5`, `R@5`.
+_RECALL = re.compile(r"(.*?)(?:recall(?:_at_|@)|[rR]@)(\d+)")
+
+_Segments = list[list[tuple[float, float]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Series:
-    """A named curve: for every stage its (position, value) points."""
+    """A named curve of one run: for every stage its (position, value) points."""
 
     name: str
-    segments: list[list[tuple[float, float]]]
+    run: int
+    segments: _Segments
     sparse: bool = False  # Evaluations: marked points, joined from stage to stage.
 
     @property
@@ -66,43 +77,152 @@ class _Plot:
         return run_summary.format_percent(value) if self.percent else f"{value:.4g}"
 
 
-def _plots(history: run_history.RunHistory) -> list[_Plot]:
-    def series(name: str, group: str, value: str, sparse: bool = False) -> list[_Series]:
-        found = _Series(name, history.curve(group, value), sparse)
-        return [found] if found.values else []
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """Runs over one axis; `names` tell them apart where they are several."""
 
+    histories: Sequence[run_history.RunHistory]
+    names: Sequence[str]
+    axis: str
+
+    def series(self, name: str, group: str, value: str) -> list[_Series]:
+        """Those of every run that has the value."""
+        found = []
+        for run, history in enumerate(self.histories):
+            full = f"{self.names[run]} {name}" if len(self.histories) > 1 else name
+            segments = history.curve(group, value, self.axis)
+            series = _Series(full, run, segments, sparse=group != run_history.TRAIN_GROUP)
+            found += [series] if series.values else []
+        return found
+
+    def evaluations(self, prefix: str, value: str, label: str = "{}") -> list[_Series]:
+        """Those of every group with this prefix."""
+        groups = [history.group_names(prefix, value) for history in self.histories]
+        found = []
+        for name in dict.fromkeys(sum(groups, [])):
+            found += self.series(label.format(name), prefix + name, value)
+        return found
+
+    def other_values(self, kind: str, known: Collection[str]) -> list[str]:
+        """Names of values in groups of a kind that are neither known nor mere circumstances."""
+        names = {
+            name: None
+            for history in self.histories
+            for group in history.groups(kind)
+            for name in history.value_names(group)
+        }
+        return [name for name in names if name not in {*known, *run_summary.NO_METRICS}]
+
+
+def _plots(view: _View) -> list[_Plot]:
     def train(value: str) -> list[_Series]:
-        return series("train", run_history.TRAIN_GROUP, value)
+        return view.series("train", run_history.TRAIN_GROUP, value)
 
-    losses, accuracies = train("loss"), []
-    for name in history.group_names(run_history.TRAINING_EVAL, "loss"):
-        losses += series(f"eval {name}", run_history.TRAINING_EVAL + name, "loss", True)
-    for name in history.group_names(run_history.INFERENCE_EVAL, "accuracy"):
-        accuracies += series(name, run_history.INFERENCE_EVAL + name, "accuracy", True)
+    def evals(value: str) -> list[_Series]:
+        return view.evaluations(run_history.TRAINING_EVAL, value, "eval {}")
+
+    top1 = view.evaluations(run_history.INFERENCE_EVAL, "accuracy")
     plots = [
-        _Plot("loss", "Loss", losses),
-        _Plot("accuracy", "Zero-shot top-1", accuracies, percent=True, from_zero=True),
+        _Plot("loss", "Loss", train("loss") + evals("loss")),
+        _Plot("accuracy", "Zero-shot top-1", top1, percent=True, from_zero=True),
+        *_recalls(view),
         _Plot("speed", "Images per second", train("samples_per_second"), from_zero=True),
         _Plot("wait", "Waiting for data", train("data_wait_share"), percent=True, from_zero=True),
         _Plot("rate", "Learning rate", train("learning_rate"), from_zero=True, small=True),
         _Plot("scale", "Logit scale", train("logit_scale"), small=True),
         _Plot("norm", "Gradient norm", train("grad_norm"), small=True),
+        _Plot(
+            "batch", "In-batch accuracy", train("accuracy") + evals("accuracy"), percent=True,
+            from_zero=True, small=True,
+        ),
+    ]  # fmt: skip
+    return [plot for plot in [*plots, *_others(view)] if plot.series]
+
+
+def _recalls(view: _View) -> Iterator[_Plot]:
+    """A panel for every kind of recall, with a curve for every k and data set."""
+    prefix = run_history.INFERENCE_EVAL
+    kinds: dict[str, list[_Series]] = {}
+    for value in view.other_values(prefix, ()):
+        if found := _RECALL.fullmatch(value):
+            kinds.setdefault(found[1] or "", []).extend(
+                view.evaluations(prefix, value, f"{{}} R@{found[2]}")
+            )
+    for index, (kind, series) in enumerate(kinds.items()):
+        title = f"Recall, {kind.rstrip('_/').replace('_', ' ')}" if kind else "Recall"
+        yield _Plot(f"recall{index}", title, series, percent=True, from_zero=True)
+
+
+def _others(view: _View) -> list[_Plot]:
+    """Panels for what a run logged beyond what is known of."""
+    known = ("loss", "accuracy", "samples_per_second", "data_wait_share", "learning_rate")
+    known += ("logit_scale", "grad_norm")
+    inference = run_history.INFERENCE_EVAL
+    found = [
+        (value, view.series("train", run_history.TRAIN_GROUP, value))
+        for value in view.other_values(run_history.TRAIN_GROUP, known)
     ]
-    return [plot for plot in plots if plot.series]
+    found += [
+        (value, view.evaluations(run_history.TRAINING_EVAL, value, "eval {}"))
+        for value in view.other_values(run_history.TRAINING_EVAL, ("loss", "accuracy"))
+    ]
+    found += [
+        (value, view.evaluations(inference, value))
+        for value in view.other_values(inference, ("accuracy",))
+        if not _RECALL.fullmatch(value)
+    ]
+    return [
+        _Plot(f"other{index}", label(value.replace("_", " ").capitalize()), series, small=True)
+        for index, (value, series) in enumerate(found[:_MAX_OTHERS])
+    ]
 
 
-def curves(history: run_history.RunHistory) -> str:
-    """HTML of every plot that the history has values for, each over the cumulative axis."""
-    plots = _plots(history)
+def curves(histories: Sequence[run_history.RunHistory], names: Sequence[str] = ("",)) -> str:
+    """HTML of every plot that the runs have values for, over each axis that they share.
+
+    Args:
+        histories: One or several runs; several share panels, each in a colour of its own.
+        names: Of the runs, for legends.
+
+    Returns:
+        The panels; where there are several axes, all sets of panels, between which radio buttons
+        switch by `SWITCH_STYLE`. Empty where nothing was logged.
+
+    Raises:
+        errors.UserError: matplotlib is missing.
+    """
+    axes = run_history.common_axes(histories)
+    sets = [_panels(_View(histories, names, axis), f"x{i}") for i, axis in enumerate(axes)]
+    if len(sets) == 1 or not sets[0]:
+        return sets[0]
+    buttons = "".join(
+        f'<input type="radio" name="axis" id="axis-{i}"{" checked" * (i == 0)}>'
+        f'<label for="axis-{i}">over {axis}</label>'
+        for i, axis in enumerate(axes)
+    )
+    shown = "".join(f'<div class="over over-{i}">{panels}</div>' for i, panels in enumerate(sets))
+    return f'<div class="switch">{buttons}{shown}</div>'
+
+
+SWITCH_STYLE = """
+.over { display: none; }
+#axis-0:checked ~ .over-0, #axis-1:checked ~ .over-1 { display: block; }
+.switch > label { display: inline-block; margin: 0 1.5rem 1rem .35rem; cursor: pointer; }
+.switch > input { accent-color: var(--series-1); }
+"""
+
+
+def _panels(view: _View, key: str) -> str:
+    plots = [dataclasses.replace(plot, key=f"{plot.key}-{key}") for plot in _plots(view)]
     large, small = (
-        "".join(_figure(plot, history) for plot in plots if plot.small is size)
+        "".join(_figure(plot, view) for plot in plots if plot.small is size)
         for size in (False, True)
     )
     large = large and f'<div class="plots">{large}</div>'
     return large + (small and f'<div class="plots small">{small}</div>')
 
 
-def _figure(plot: _Plot, history: run_history.RunHistory) -> str:
+def _figure(plot: _Plot, view: _View) -> str:
     ends, spans, holes = [], [], 0
     for series in plot.series:
         finite = [y for y in series.values if math.isfinite(y)]
@@ -113,21 +233,17 @@ def _figure(plot: _Plot, history: run_history.RunHistory) -> str:
             ordered = [plot.show(y) for y in (finite[0], finite[-1], min(finite), max(finite))]
             spans.append("{}from {} to {}, least {}, greatest {}".format(name, *ordered))
     caption = "last: " + ", ".join(ends) + (f"; {holes} not finite, not drawn" if holes else "")
-    alt = f"{plot.title} over {history.axis}: {'; '.join(spans) or 'no finite value'}"
-    title = f"<figcaption><strong>{plot.title}</strong> {html.escape(caption)}</figcaption>"
-    return f"<figure>{title}{_svg(plot, history, alt)}</figure>"
+    alt = f"{plot.title} over {view.axis}: {'; '.join(spans) or 'no finite value'}"
+    title = f"<strong>{html.escape(plot.title)}</strong> {html.escape(caption)}"
+    size = (3.7, 2.2) if plot.small else (5.6, 3.0)
+    svg = draw_svg(lambda axes: _draw(axes, plot, view), plot.key, size, alt)
+    return f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
 
 
 def label(text: str, limit: int = 40) -> str:
     """A name as drawings show it: one line of printable letters, cut to `limit`."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def _svg(plot: _Plot, history: run_history.RunHistory, alt: str) -> str:
-    """Draws a panel as an SVG element that can share a document with others."""
-    size = (3.7, 2.2) if plot.small else (5.6, 3.0)
-    return draw_svg(lambda axes: _draw(axes, plot, history), plot.key, size, alt)
 
 
 def draw_svg(draw: Callable[[Any], None], key: str, size: tuple[float, float], alt: str) -> str:
@@ -187,21 +303,11 @@ def _inline(svg: str, key: str, alt: str) -> str:
     return svg
 
 
-def _draw(axes: Any, plot: _Plot, history: run_history.RunHistory) -> None:
+def _draw(axes: Any, plot: _Plot, view: _View) -> None:
     from matplotlib import ticker
 
-    handles = []
-    for index, series in enumerate(plot.series):
-        dash, color = divmod(index, len(_SERIES))
-        style: dict[str, Any] = {"color": _SERIES[color], "linestyle": _DASHES[dash % len(_DASHES)]}
-        segments = [sum(series.segments, [])] if series.sparse else series.segments
-        for segment in filter(None, segments):
-            points = [(x, y if math.isfinite(y) else math.nan) for x, y in _thin(segment)]
-            marker = "o" if len(points) == 1 or series.sparse and len(points) < 60 else ""
-            style |= {"marker": marker, "ms": 3.5, "lw": 1.5, "clip_on": False}
-            (line,) = axes.plot(*zip(*points, strict=True), **style)
-        handles.append(line)
-    low, high = history.spans[0][0], history.spans[-1][1]
+    handles = [_draw_series(axes, series, style) for series, style in _styled(plot, view)]
+    low, high = 0.0, max(history.spans(view.axis)[-1][1] for history in view.histories)
     axes.set_xlim(low, high if high > low else low + 1)
     finite = [y for series in plot.series for y in series.values if math.isfinite(y)]
     if plot.from_zero and finite and min(finite) >= 0:
@@ -214,6 +320,8 @@ def _draw(axes: Any, plot: _Plot, history: run_history.RunHistory) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(ticker.MaxNLocator(4 if plot.small else 6))
         axis.set_major_formatter(lambda value, _: run_summary.format_compact(value))
+    if view.axis == run_history.FLOPS:
+        axes.xaxis.set_major_formatter(lambda value, _: format_flops(value))
     if plot.percent:
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     if len(plot.series) > 1:
@@ -222,7 +330,36 @@ def _draw(axes: Any, plot: _Plot, history: run_history.RunHistory) -> None:
         legend = axes.legend(handles, blanks, frameon=False)
         for text, series in zip(legend.get_texts(), plot.series, strict=True):
             text.set(text=label(series.name), parse_math=False, color=_INK)
-    _mark_stages(axes, history, labelled=not plot.small)
+    if len(view.histories) == 1:
+        _mark_stages(axes, view, labelled=not plot.small)
+
+
+def _styled(plot: _Plot, view: _View) -> Iterator[tuple[_Series, dict[str, Any]]]:
+    """Colours tell curves apart, or runs where there are several; dashes tell the rest."""
+    drawn = collections.Counter[int]()
+    for index, series in enumerate(plot.series):
+        dash, color = divmod(index, len(_SERIES))
+        if len(view.histories) > 1:
+            dash, color = drawn[series.run], series.run % len(_SERIES)
+            drawn[series.run] += 1
+        yield series, {"color": _SERIES[color], "linestyle": _DASHES[dash % len(_DASHES)]}
+
+
+def _draw_series(axes: Any, series: _Series, style: dict[str, Any]) -> Any:
+    """Returns a handle for the legend."""
+    line = None
+    segments = [sum(series.segments, [])] if series.sparse else series.segments
+    for segment in filter(None, segments):
+        points = [(x, y if math.isfinite(y) else math.nan) for x, y in _thin(segment)]
+        marker = "o" if len(points) == 1 or series.sparse and len(points) < 60 else ""
+        style |= {"marker": marker, "ms": 3.5, "lw": 1.5, "clip_on": False}
+        (line,) = axes.plot(*zip(*points, strict=True), **style)
+    return line
+
+
+def format_flops(value: float) -> str:
+    """Formats operations in at most three figures, by a power of ten beyond units: 3.2e+21."""
+    return run_summary.format_compact(value) if value < 1e15 else f"{value:.3g}"
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -233,13 +370,14 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x) / len(x), sum(y) / len(y)) for x, y in columns]
 
 
-def _mark_stages(axes: Any, history: run_history.RunHistory, labelled: bool) -> None:
+def _mark_stages(axes: Any, view: _View, labelled: bool) -> None:
     """Plants a line with a flag where each stage begins; flags that would overlap go higher."""
+    (history,) = view.histories
     if len(history.stages) < 2:
         return
     low, high = axes.get_xlim()
     rows: list[float] = []  # How far to the right each row of flags is taken, in 0..1.
-    for stage, (start, end) in zip(history.stages, history.spans, strict=True):
+    for stage, (start, end) in zip(history.stages, history.spans(view.axis), strict=True):
         if end <= start:
             continue
         text = _stage_label(stage)

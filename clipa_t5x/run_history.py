@@ -15,10 +15,10 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from clipa_t5x import errors, evaluation_records, wall_time
+from clipa_t5x import errors, evaluation_records, run_tables, wall_time
 
 METRICS_FILE = "metrics.jsonl"
 STAGE_FILE = "stage.json"
@@ -30,6 +30,11 @@ GALLERY_FILE = "gallery.json"
 TRAIN_GROUP = "train"
 TRAINING_EVAL = "training_eval/"
 INFERENCE_EVAL = "inference_eval/"
+
+# What curves run over, as pages name it.
+SAMPLES = "samples"
+FLOPS = "training FLOPs"
+STEPS = "steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Stage:
         config: Text of `config.gin`, empty when absent.
         model_info: Text of `model-info.txt`, empty when absent.
         gallery: Retrieval examples, empty when absent.
+        sharding: How its parameters lay on the devices; None when absent.
+        confusions: The worst classes of its evaluations.
         time_spent: Where its time went, over all its starts; None when it was not recorded.
         problems: What could not be read, one sentence each.
     """
@@ -88,6 +95,8 @@ class Stage:
     config: str = ""
     model_info: str = ""
     gallery: tuple[GalleryItem, ...] = ()
+    sharding: run_tables.Sharding | None = None
+    confusions: tuple[run_tables.Confusion, ...] = ()
     time_spent: wall_time.Summary | None = None
     problems: tuple[str, ...] = ()
 
@@ -109,6 +118,19 @@ class Stage:
         """Returns (step, value) for every record of the group that has the value."""
         records = self.records.get(group, ())
         return [(r.step, r.values[value]) for r in records if value in r.values]
+
+    @property
+    def flops_per_example(self) -> float | None:
+        """Training FLOPs of one example, None when the run does not tell."""
+        value = self.number("train_flops_per_example")
+        return value if value is not None and value > 0 else None
+
+    def position(self, step: int, axis: str) -> float:
+        """Where a step lies from the beginning of this stage, on one of a history's `axes`."""
+        if axis == STEPS:
+            return float(step)
+        samples = float(self.samples_at(step) or 0)
+        return samples * (self.flops_per_example or 0) if axis == FLOPS else samples
 
     @functools.cached_property
     def last_step(self) -> int | None:
@@ -149,33 +171,43 @@ class RunHistory:
     stages: tuple[Stage, ...]
 
     @functools.cached_property
-    def axis(self) -> str:
-        """What curves run over: "samples", or "steps" when a stage does not tell its samples."""
-        begun = [stage for stage in self.stages if stage.last_step is not None]
-        known = all(stage.samples_at(stage.last_step or 0) is not None for stage in begun)
-        return "samples" if known else "steps"
+    def axes(self) -> tuple[str, ...]:
+        """What curves can run over, the usual one first.
 
-    @functools.cached_property
-    def spans(self) -> tuple[tuple[float, float], ...]:
-        """(start, end) of every stage on the cumulative axis; a stage not begun is empty."""
+        `SAMPLES`, and `FLOPS` where every stage tells those of an example; `STEPS` alone when a
+        stage does not tell its samples.
+        """
+        begun = [stage for stage in self.stages if stage.last_step is not None]
+        if any(stage.samples_at(stage.last_step or 0) is None for stage in begun):
+            return (STEPS,)
+        has_flops = all(stage.flops_per_example is not None for stage in begun)
+        return (SAMPLES, FLOPS) if begun and has_flops else (SAMPLES,)
+
+    def spans(self, axis: str) -> tuple[tuple[float, float], ...]:
+        """(start, end) of every stage on a cumulative axis; a stage not begun is empty."""
         spans, start = [], 0.0
         for stage in self.stages:
-            end = start + self._position(stage, stage.last_step or 0)
+            end = start + stage.position(stage.last_step or 0, axis)
             spans.append((start, end))
             start = end
         return tuple(spans)
 
-    def _position(self, stage: Stage, step: int) -> float:
-        if self.axis == "steps":
-            return float(step)
-        return float(stage.samples_at(step) or 0)
-
-    def curve(self, group: str, value: str) -> list[list[tuple[float, float]]]:
+    def curve(self, group: str, value: str, axis: str) -> list[list[tuple[float, float]]]:
         """Returns, for every stage, (position on the cumulative axis, value) by ascending step."""
         return [
-            [(start + self._position(stage, step), y) for step, y in stage.points(group, value)]
-            for stage, (start, _) in zip(self.stages, self.spans, strict=True)
+            [(start + stage.position(step, axis), y) for step, y in stage.points(group, value)]
+            for stage, (start, _) in zip(self.stages, self.spans(axis), strict=True)
         ]
+
+    def groups(self, kind: str) -> list[str]:
+        """Returns names of the groups that begin with `kind`, in order of appearance."""
+        found = (group for stage in self.stages for group in stage.records)
+        return list(dict.fromkeys(group for group in found if group.startswith(kind)))
+
+    def value_names(self, group: str) -> list[str]:
+        """Returns names of the values of a group, in order of appearance."""
+        records = (record for stage in self.stages for record in stage.records.get(group, ()))
+        return list(dict.fromkeys(name for record in records for name in record.values))
 
     def group_names(self, prefix: str, value: str) -> list[str]:
         """Returns names of groups with this prefix (cut off) and value, in order of appearance."""
@@ -187,6 +219,13 @@ class RunHistory:
                 if group.startswith(prefix) and stage.points(group, value)
             )
         )
+
+
+def common_axes(histories: Iterable[RunHistory]) -> tuple[str, ...]:
+    """Returns what curves of all these runs can run over, the usual one first; never nothing."""
+    shared = [set(history.axes) for history in histories]
+    axes = tuple(axis for axis in (SAMPLES, FLOPS) if all(axis in each for each in shared))
+    return axes or (STEPS,)
 
 
 def load(model_dir: str | os.PathLike[str]) -> RunHistory:
@@ -258,6 +297,8 @@ def _load_stage(folder: pathlib.Path) -> Stage:
         config=_read_text(folder / CONFIG_FILE),
         model_info=_read_text(folder / MODEL_INFO_FILE),
         gallery=tuple(_gallery_items(gallery)),
+        sharding=run_tables.sharding(_read_object(folder / run_tables.SHARDING_FILE, problems)),
+        confusions=tuple(_read_confusions(folder, problems)),
         time_spent=_read_wall_time(folder / wall_time.FILE),
         problems=tuple(problems),
     )
@@ -270,6 +311,16 @@ def _read_text(path: pathlib.Path) -> str:
 def _read_wall_time(path: pathlib.Path) -> wall_time.Summary | None:
     lines = wall_time.parse(_read_text(path))
     return wall_time.summarize(lines) if lines else None
+
+
+def _read_confusions(folder: pathlib.Path, problems: list[str]) -> Iterator[run_tables.Confusion]:
+    for path in sorted(folder.glob(run_tables.CONFUSION_FILES))[: run_tables.MAX_CONFUSIONS]:
+        record = _read_object(path, problems)
+        found = run_tables.confusion(record)
+        if found is not None:
+            yield found
+        elif record:
+            problems.append(f"{path.name} names no evaluation or no class and was left out")
 
 
 def _read_object(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from clipa_t5x import run_history, wall_time
 
 MISSING = "-"
 
+# Values that say how something was measured, and not how it went.
+NO_METRICS = frozenset({"samples", "num_examples", "seconds"})
+
 
 def summary_rows(history: run_history.RunHistory) -> list[dict[str, Any]]:
     """Sums up every stage in one row of plain values; None where the run does not tell.
@@ -30,6 +33,16 @@ def summary_rows(history: run_history.RunHistory) -> list[dict[str, Any]]:
     """
     evaluators = history.group_names(run_history.INFERENCE_EVAL, "accuracy")
     return [_summary_row(stage, evaluators) for stage in history.stages]
+
+
+def final_values(history: run_history.RunHistory) -> dict[tuple[str, str], float]:
+    """Returns (group, metric) to the last value that a run logged, in order of appearance."""
+    found: dict[tuple[str, str], float] = {}
+    for stage in history.stages:
+        for group, records in stage.records.items():
+            for record in records:
+                found |= {(group, name): value for name, value in record.values.items()}
+    return {key: value for key, value in found.items() if key[1] not in NO_METRICS}
 
 
 def _summary_row(stage: run_history.Stage, evaluators: Sequence[str]) -> dict[str, Any]:
@@ -99,8 +112,13 @@ def _stage_cell(row: Mapping[str, Any]) -> str:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lays rows of `summary_rows` out as a plain-text table, without a final newline."""
+    return format_cells(table_cells(rows))
+
+
+def format_cells(table: Sequence[Sequence[str]]) -> str:
+    """Lays cells out as a plain-text table, the first row being headings; no final newline."""
     # Names come from files: a line break or an escape sequence must not reach the terminal.
-    cells = [[_printable(cell) for cell in row] for row in table_cells(rows)]
+    cells = [[_printable(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(

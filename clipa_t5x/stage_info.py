@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from clipa_t5x import checkpoints, model_info, models, run_history
+from clipa_t5x import checkpoints, errors, flops, model_info, models, run_history
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.towers import token_reduction
 
@@ -27,6 +27,7 @@ class StageInfo:
     total_steps: int
     devices: str
     initial_checkpoint: str | None
+    train_flops_per_example: int | None = None
 
     @property
     def resolution(self) -> str:
@@ -65,6 +66,9 @@ class StageInfo:
             total_steps=total_steps,
             devices=f"{jax.device_count()} x {device.device_kind}",
             initial_checkpoint=checkpoint_cfg.restore.path,
+            train_flops_per_example=_train_flops(
+                model, size, dataset_cfg.task_feature_lengths["text"]
+            ),
         )
 
     def write(self, model_dir: str, completed: bool) -> None:
@@ -72,6 +76,14 @@ class StageInfo:
         if jax.process_index() == 0:
             record = {**dataclasses.asdict(self), "completed": completed}
             (epath.Path(model_dir) / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _train_flops(model: models.ClipModel, pixels: int, text_length: int) -> int | None:
+    """Of one example, for the tokens that masking keeps; None for towers of other kinds."""
+    try:
+        return flops.forward_flops(model, pixels, text_length).training
+    except errors.UserError:
+        return None
 
 
 def is_completed(model_dir: str) -> bool:

@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from clipa_t5x import (
     models,
     optimizers,
     partitioning,
+    run_history,
+    run_tables,
     stage_handover,
     stage_info,
     supervision,
@@ -245,9 +248,10 @@ def start_writing(
     partitioner: partitioning.PjitPartitioner,
     info: stage_info.StageInfo,
 ) -> metrics.MetricsWriter:
-    """Writes what the run is: configuration, `model-info.txt`, `stage.json`; process 0 only.
+    """Writes what the run is, by process 0 only.
 
-    Only when nothing can be refused any more: such a start leaves what an earlier one wrote.
+    That is the configuration, `model-info.txt`, `sharding.json` and `stage.json`. Only when nothing
+    can be refused any more: such a start leaves what an earlier one wrote.
     """
     writer = metrics.MetricsWriter(model_dir)
     summarize_config_fn(model_dir, writer.group(metrics.GROUP_TRAIN), 0)
@@ -260,7 +264,10 @@ def start_writing(
             partitioner,
             trainer.mesh,
         )
-        (epath.Path(model_dir) / "model-info.txt").write_text(text)
+        (epath.Path(model_dir) / run_history.MODEL_INFO_FILE).write_text(text)
+        sharding = model_info.sharding_record(trainer.abstract_state.params, trainer.mesh)
+        path = epath.Path(model_dir) / run_tables.SHARDING_FILE
+        path.write_text(json.dumps(sharding, indent=1) + "\n")
         logging.info("Model: %s parameters; see %s/model-info.txt.", f"{info.num_params:,}",
                      model_dir)  # fmt: skip
     return writer

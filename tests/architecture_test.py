@@ -20,13 +20,14 @@ LAYERS = [
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"train_loop", "evaluation", "evaluation_watch", "supervision"}
     | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
+    | {"run_tables", "report_page"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"}
     | {"agreement", "checkpoint_manifest", "checkpoint_retention", "checkpoint_folders"}
     | {"checkpoint_writer", "stage_handover"}
     | {"goodput", "goodput_plot", "lease", "recipe_changes"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
-    | {"export", "precompile", "import_weights", "plan"},
+    | {"export", "precompile", "import_weights", "plan", "compare"},
 ]
 DOORS = LAYERS[-1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60

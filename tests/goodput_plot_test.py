@@ -28,7 +28,7 @@ def bars(figure):
 
 def test_a_run_without_record_has_no_bar(tmp_path):
     history = run_history.load(write(tmp_path, line(1, loss=1)))
-    assert goodput_plot.figure(history) == ""
+    assert goodput_plot.figure([history]) == ""
     assert 'id="time"' not in report.render(history)
 
 

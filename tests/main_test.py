@@ -73,7 +73,9 @@ def test_the_console_command_lists_its_verbs(capsys):
     with pytest.raises(SystemExit) as exit_:
         main.main(["tarin"])
     assert exit_.value.code == 2
-    verbs = "train,eval,schedule,precompile,benchmark,import_weights,build,report,plan"
+    verbs = (
+        "train,eval,schedule,precompile,benchmark,export,import_weights,build,report,compare,plan"
+    )
     assert verbs in capsys.readouterr().out
 
 

@@ -1,3 +1,4 @@
+import json
 import pathlib
 import re
 
@@ -5,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from clipa_t5x import model_info, optimizers, partitioning, schedules, trainer
+from clipa_t5x import model_info, optimizers, partitioning, run_tables, schedules, trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "model_info_tiny.txt"
 FSDP = partitioning.standard_logical_axis_rules(1, 2)
@@ -83,6 +84,19 @@ def test_bytes_add_up(describe, mesh):
     else:
         by_hand = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * 4 for x in params)
         assert total == by_hand < 4 * count
+
+
+def test_the_record_of_shardings_reads_back(describe):
+    text, subject = describe(data=2, model=2)
+    record = model_info.sharding_record(subject.abstract_state.params, subject.mesh)
+    found = run_tables.sharding(json.loads(json.dumps(record)))
+    assert found.mesh == "replica=1, data=2, model=2"
+    expected = [[row[0], row[1], row[3], row[4]] for row in _rows(text)]
+    assert expected == [
+        [row.name, row.shape, row.sharding or "-", f"{row.bytes_per_device:,}"]
+        for row in found.parameters
+    ]
+    assert {row.dtype for row in found.parameters} == {"float32"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,87 @@
 """Curves stay true when they are thinned; tests/report_test.py looks at them in a page."""
 
 import math
+import re
 
-from clipa_t5x import report_plots
+import pytest
+from run_files import line, schedule_of, write
+
+from clipa_t5x import report_plots, run_history
+
+
+def two_stages(folder, *flops):
+    schedule_of(folder, "a", "b")
+    for name, per_example in zip("ab", flops, strict=True):
+        metrics = "".join(line(s, loss=4 - s, samples=10 * s) for s in (1, 2))
+        metrics += line(2, "inference_eval/z", accuracy=0.5)
+        write(folder / name, metrics, train_flops_per_example=per_example)
+    return run_history.load(folder)
+
+
+def test_flops_go_on_from_stage_to_stage(tmp_path):
+    history = two_stages(tmp_path, 7, 300)
+    assert history.axes == ("samples", "training FLOPs")
+    assert history.curve("train", "loss", "training FLOPs") == [
+        [(70, 3), (140, 2)],
+        [(140 + 3000, 3), (140 + 6000, 2)],
+    ]
+    assert history.spans("training FLOPs") == ((0, 140), (140, 6140))
+
+
+def test_buttons_switch_between_axes(tmp_path):
+    page = report_plots.curves([two_stages(tmp_path, 7, 300)])
+    titles = re.findall("<strong>(.*?)</strong>", page)
+    assert titles == ["Loss", "Zero-shot top-1"] * 2
+    assert re.findall(r"Loss over ([\w ]+):", page) == ["samples", "training FLOPs"]
+    assert page.count('type="radio"') == 2 and page.count(" checked>") == 1
+    # The second stage is nearly all of the FLOPs: its curve begins near the left edge.
+    assert page.count("<svg") == 4
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("flops", [None, 0, -1, "many", math.nan, True])
+def test_without_flops_there_are_samples_only(flops, tmp_path):
+    history = two_stages(tmp_path, 7, flops)
+    assert history.axes == ("samples",)
+    page = report_plots.curves([history])
+    assert "radio" not in page and "FLOPs" not in page and page.count("<svg") == 2
+
+
+def test_whatever_else_was_logged_has_a_panel(tmp_path):
+    metrics = line(1, samples=8, spare_metric=1, data_wait_share=0.1)
+    metrics += line(1, "training_eval/d", loss=2, accuracy=0.25)
+    recalls = {f"image_to_text_recall_at_{k}": k / 10 for k in (1, 5)}
+    metrics += line(1, "inference_eval/r", num_examples=9, **recalls, **{"<b>x": 3.5})
+    page = report_plots.curves([run_history.load(write(tmp_path, metrics))])
+    captions = re.findall("<figcaption><strong>(.*?)</strong> (.*?)</figcaption>", page)
+    assert captions == [
+        ("Loss", "last: 2"),
+        ("Recall, image to text", "last: r R@1 10.0%, r R@5 50.0%"),
+        ("Waiting for data", "last: 10.0%"),
+        ("In-batch accuracy", "last: 25.0%"),
+        ("Spare metric", "last: 1"),
+        ("&lt;b&gt;x", "last: 3.5"),
+    ]
+
+
+def test_panels_for_other_metrics_are_bounded(tmp_path):
+    metrics = line(1, samples=8, **{f"metric {i}": 1 for i in range(1000)})
+    history = run_history.load(write(tmp_path, metrics))
+    view = report_plots._View([history], [""], "samples")
+    assert len(report_plots._plots(view)) == report_plots._MAX_OTHERS
+
+
+def test_runs_share_panels_in_colours_of_their_own(tmp_path):
+    histories = [
+        two_stages(tmp_path / name, *flops) for name, flops in (("A", (7, 300)), ("B", (7, None)))
+    ]
+    page = report_plots.curves(histories, ["A", "B"])
+    assert "radio" not in page and page.count("<svg") == 2
+    assert "last: A train 2, B train 2" in page
+    curves = re.findall(r"<path d=\"M[^>]*fill: none; stroke: var\(--(series-\d)", page)
+    # Loss: a line for every stage, and one in the legend; accuracy: one and one.
+    assert sorted(curves) == ["series-1"] * 5 + ["series-2"] * 5
 
 
 def test_long_logs_are_thinned():

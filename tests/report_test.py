@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 
-from clipa_t5x import errors, report, report_plots, run_history
+from clipa_t5x import errors, report, report_page, report_plots, run_history
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=alert(1)>"
 STAGES = (
@@ -204,14 +204,16 @@ def test_captions_name_the_last_values(schedule, document):
 
 def test_drawn_curve_has_the_logged_shape(schedule, text):
     """The vertices of the zero-shot curve are the metrics, up to the axes' scales."""
-    drawing = text[text.index('id="accuracy-figure') : text.index("</svg>", text.index('"speed-'))]
+    drawing = text[
+        text.index('id="accuracy-x0-figure') : text.index("</svg>", text.index('"speed-'))
+    ]
     color = re.escape(report_plots.COLORS["series-1"][0])
     path = re.search(rf'<path d="([^"]*)"[^>]*stroke: var\(--series-1, {color}\)', drawing)
     assert path is not None
     numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", path[1])]
     drawn = list(zip(numbers[::2], numbers[1::2], strict=True))
     history = run_history.load(schedule)
-    curve = sum(history.curve("inference_eval/combination", "accuracy"), [])
+    curve = sum(history.curve("inference_eval/combination", "accuracy", "samples"), [])
     assert len(drawn) == len(curve) == 18
     for axis in (0, 1):
         shown, logged = [p[axis] for p in drawn], [p[axis] for p in curve]
@@ -224,7 +226,7 @@ def test_stages_are_labelled_and_plots_described(text, document):
     for label in ("stage1 32 px / 8 tokens", "stage2 48 px / 36 tokens", "stage3 64 px / 64"):
         assert text.count(f">{label}") == 4
     described = [attrs for tag, attrs in document.tags if tag == "svg"]
-    assert len(described) == 7
+    assert len(described) == 10
     assert all(a["role"] == "img" and "from" in a["aria-label"] for a in described)
     assert len(set(document.identifiers)) == len(document.identifiers)
     targets = document.attributes("use", "href") + re.findall(r"url\((#[^)]*)\)", text)
@@ -304,7 +306,7 @@ def test_output_is_written_whole_or_not(tmp_path, schedule, monkeypatch):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", broken)
+    monkeypatch.setattr(report_page.os, "replace", broken)
     with pytest.raises(errors.UserError, match="No space left"):
         report.write_report(schedule, target)
     assert [path.name for path in tmp_path.iterdir()] == ["out.html"]

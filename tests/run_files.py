@@ -16,6 +16,6 @@ def write(folder, metrics, **info):
 
 
 def schedule_of(folder, *names):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "schedule.json").write_text(json.dumps({"stages": names}))
     return folder

@@ -90,9 +90,13 @@ def test_samples_go_on_from_stage_to_stage(tmp_path):
         metrics = "".join(line(step, loss=step, samples=step * batch) for step in (1, 2))
         write(tmp_path / name, metrics, name=name)
     history = run_history.load(tmp_path)
-    assert history.axis == "samples"
-    assert history.spans == ((0, 200), (200, 214), (214, 214))
-    assert history.curve("train", "loss") == [[(100, 1), (200, 2)], [(207, 1), (214, 2)], []]
+    assert history.axes == ("samples",)
+    assert history.spans("samples") == ((0, 200), (200, 214), (214, 214))
+    assert history.curve("train", "loss", "samples") == [
+        [(100, 1), (200, 2)],
+        [(207, 1), (214, 2)],
+        [],
+    ]
     cells = run_summary.table_cells(run_summary.summary_rows(history))
     assert cells[3] == ["not yet (not begun)", *["-"] * 6]
 
@@ -102,8 +106,8 @@ def test_steps_are_the_axis_when_samples_are_unknown(tmp_path):
     write(tmp_path / "a", line(5, loss=1, samples=50))
     write(tmp_path / "b", line(3, loss=2))
     history = run_history.load(tmp_path)
-    assert history.axis == "steps"
-    assert history.curve("train", "loss") == [[(5, 1)], [(8, 2)]]
+    assert history.axes == ("steps",)
+    assert history.curve("train", "loss", "steps") == [[(5, 1)], [(8, 2)]]
 
 
 def test_gallery_images_go_by_their_bytes(tmp_path):

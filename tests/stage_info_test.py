@@ -2,8 +2,10 @@ import dataclasses
 import json
 
 import pytest
+from flax import linen
 
-from clipa_t5x import stage_info
+from clipa_t5x import checkpoints, flops, stage_info
+from clipa_t5x.data import input_pipeline
 
 
 @pytest.fixture
@@ -31,3 +33,28 @@ def test_what_cannot_be_read_is_not_completed(text, tmp_path):
 
 def test_a_stage_is_named_by_its_tokens(info):
     assert info.resolution == "84 px / 8 tokens"
+
+
+@pytest.mark.parametrize("image", [{}, {"mask_ratio": 0.75}])
+def test_flops_are_those_of_kept_tokens(tiny_model, image):
+    model = tiny_model(image=image)
+    info = collect(model)
+    assert info.train_flops_per_example == flops.forward_flops(model, 32, 8).training
+    whole = flops.forward_flops(model, 32, 8, train=False).training
+    assert (info.train_flops_per_example < whole) == bool(image)
+
+
+def test_towers_of_other_kinds_tell_no_flops(tiny_model):
+    model = tiny_model()
+    assert collect(model.clone(text_tower=Other())).train_flops_per_example is None
+
+
+class Other(linen.Module):
+    pass
+
+
+def collect(model):
+    cfg = input_pipeline.DatasetConfig(
+        "none", task_feature_lengths={"images": 32, "text": 8}, split="train", batch_size=4
+    )
+    return stage_info.StageInfo.collect(model, {}, cfg, checkpoints.CheckpointConfig(), 10)

@@ -180,7 +180,7 @@ def test_a_missing_table_of_word_classes_is_refused_before_compiling(tmp_path, t
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     """And the start that was refused leaves what the one before it wrote."""
     experiments.train("digits_stage1", *overrides(tmp_path / "run", TRAIN_STEPS=2))
-    described = ("config.gin", "stage.json", "model-info.txt")
+    described = ("config.gin", "stage.json", "model-info.txt", "sharding.json")
     before = [(tmp_path / "run" / name).read_text() for name in described]
     other = [*overrides(tmp_path / "run", TRAIN_STEPS=4), "VisionTransformer.mlp_dim = 48"]
     with pytest.raises(UserError, match=r"image_tower/encoder/layers_0/mlp/fc1/kernel is \(32, 64"):

@@ -1,6 +1,5 @@
 """Exported folders, loaded by the real OpenCLIP as its users do: the embeddings are ours."""
 
-
 import numpy as np
 import pytest
 import tiny_records
