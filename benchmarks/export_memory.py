@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,13 @@ PIXELS, MIB = 56, 1 << 20
 
 def clip(width: int, depth: int) -> models.ClipModel:
     """CLIPA-shaped towers with 16 heads."""
-    sizes = {"width": width, "depth": depth, "mlp_dim": 4 * width, "num_heads": 16, "out_dim": 512}
+    sizes: Any = {
+        "width": width,
+        "depth": depth,
+        "mlp_dim": 4 * width,
+        "num_heads": 16,
+        "out_dim": 512,
+    }
     return models.ClipModel(
         vision_transformer.VisionTransformer(**sizes, patch_size=14),
         text_transformer.TextTransformer(**sizes),
