@@ -323,6 +323,7 @@ def test_a_rewound_run_leaves_out_the_bad_data(make_guarded, make_trainer, cfg, 
     assert_same(state, expected)
 
 
+@pytest.mark.slow
 def test_a_rewind_with_no_checkpoint_starts_over(make_guarded, cfg, tmp_path):
     run = Run(make_guarded("rewind"), cfg, tmp_path, log=6)
     state = run.start(period=None)

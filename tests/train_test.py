@@ -188,6 +188,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     assert before == [(tmp_path / "run" / name).read_text() for name in described]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_saves_no_such_parameters(tmp_path):
     """Also where metrics are not yet due when the checkpoint is."""
     macros = overrides(tmp_path / "run", TRAIN_STEPS=30, LEARNING_RATE=1e30, LOG_PERIOD=30,
