@@ -19,11 +19,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
 import tiny_records
 import trap_weights
+from flax import traverse_util
 
-from clipa_t5x import checkpoint_folders, checkpoints, export, models, stage_handover, train_state
+from clipa_t5x import checkpoints, export, models, stage_handover, train_state
 from clipa_t5x.data import preprocessors
 from clipa_t5x.towers import text_transformer, vision_transformer
-from clipa_t5x.weights import layouts
 
 PIXELS, MIB = 56, 1 << 20
 
@@ -48,7 +48,7 @@ def write_checkpoint(model: models.ClipModel, model_dir: str) -> dict[str, int]:
     weights = trap_weights.make(model, PIXELS, tiny_records.LENGTHS["text"])
     state = train_state.TrainState(
         step=jnp.int32(1),
-        params=jax.tree.map(jnp.asarray, layouts.nested(weights)),
+        params=jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(weights, sep="/")),
         opt_state={},
         rng=jnp.zeros(2, jnp.uint32),
     )
@@ -67,10 +67,7 @@ def work(what: str, model: models.ClipModel, folder: pathlib.Path) -> None:
     name = tiny_records.task("export_memory", data, preprocessors.squash)
     cfg = tiny_records.config(name, task_feature_lengths=lengths)
     if what == "read":
-        path = str(checkpoint_folders.folder_of(model_dir, 1))
-        checkpoint = stage_handover.Checkpoint(
-            path, checkpoints.saved_params(*checkpoints.locate(model_dir))
-        )
+        checkpoint = stage_handover.open_checkpoint(model_dir, 1)
         for parameter in checkpoint.saved:
             checkpoint.read(parameter)
     else:

@@ -59,13 +59,7 @@ def evaluate(
     Raises:
       UserError: there is no complete checkpoint, or it is of another model.
     """
-    trainer = trainer_lib.Trainer(
-        model=model,
-        optimizer=optimizer,
-        partitioner=partitioner,
-        batch_spec=train_dataset_cfg.batch_spec(),
-    )
-    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    trainer, layout = _bind(model, optimizer, partitioner, train_dataset_cfg)
     loaded = stage_handover.load_params(
         checkpoint or model_dir, trainer.abstract_state.params, model=model
     )
@@ -118,13 +112,7 @@ def watch(
     for each in (train_eval_dataset_cfg, *evaluators.values()):
         if each is not None:
             each.check()
-    trainer = trainer_lib.Trainer(
-        model=model,
-        optimizer=optimizer,
-        partitioner=partitioner,
-        batch_spec=train_dataset_cfg.batch_spec(),
-    )
-    layout = input_pipeline.BatchLayout(partitioner.batch_sharding())
+    trainer, layout = _bind(model, optimizer, partitioner, train_dataset_cfg)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.stop_requests())
         folder = evaluation_watch.lease_folder(model_dir)
@@ -148,6 +136,19 @@ def watch(
             stop,
             check_lease,
         ).run(patience)
+
+
+def _bind(
+    model: models.ClipModel,
+    optimizer: optimizers.Optimizer,
+    partitioner: partitioning.PjitPartitioner,
+    cfg: input_pipeline.DatasetConfig,
+) -> tuple[trainer_lib.Trainer, input_pipeline.BatchLayout]:
+    """What embeds, and where the rows of its batches go."""
+    trainer = trainer_lib.Trainer(
+        model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=cfg.batch_spec()
+    )
+    return trainer, input_pipeline.BatchLayout(partitioner.batch_sharding())
 
 
 if __name__ == "__main__":

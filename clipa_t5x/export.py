@@ -10,12 +10,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
-from clipa_t5x import checkpoint_folders, checkpoints, models, stage_handover
+from clipa_t5x import checkpoints, models, stage_handover, trainer
 from clipa_t5x.data import input_pipeline, tasks
 from clipa_t5x.errors import UserError
 from clipa_t5x.weights import (
@@ -23,14 +23,14 @@ from clipa_t5x.weights import (
     exporting,
     layouts,
     open_clip_config,
+    open_clip_options,
     open_clip_peer,
     parameter_files,
     parity,
     serving,
 )
 
-FORMATS = ("open_clip", "clipa", "stablehlo")
-OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 CLIPA_WEIGHTS = "model.npz"
 # What Hugging Face's tokenizer needs to be told besides the vocabulary.
 _TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
@@ -126,7 +126,7 @@ class _Export:
         pieces = vocab.pieces
         folder = epath.Path(self.output_dir)
         parameters = self._write(OPEN_CLIP_WEIGHTS, tensors, read, tables)
-        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / open_clip_options.CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
         (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG) + "\n")
         return parameters, self.output_dir
@@ -171,7 +171,7 @@ class _Export:
 
 
 def _abstract_params(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> Any:
-    batch = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in cfg.batch_spec().items()}
+    batch = trainer.one_example(cfg.batch_spec())
     return nn.unbox(jax.eval_shape(lambda: models.init_params(model, jax.random.key(0), batch)))
 
 
@@ -185,11 +185,9 @@ def _reading(path: str, wanted: Mapping[str, Any]) -> Iterator[tuple[exporting.R
             checkpoints.check_same_parameters(file.saved, wanted, path, remedy)
             yield lambda name: file.saved[name].read(), path
             return
-        model_dir, step = checkpoints.locate(path)
-        folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
-        checkpoint = stage_handover.Checkpoint(folder, checkpoints.saved_params(model_dir, step))
-        checkpoints.check_same_parameters(checkpoint.saved, wanted, folder, remedy)
-        yield checkpoint.read, folder
+        checkpoint = stage_handover.open_checkpoint(*checkpoints.locate(path))
+        checkpoints.check_same_parameters(checkpoint.saved, wanted, checkpoint.path, remedy)
+        yield checkpoint.read, checkpoint.path
 
 
 def _compare(
@@ -197,7 +195,9 @@ def _compare(
 ) -> dict[str, Any]:
     """Embeddings of a probe by the parameters before, and by whoever reads the export."""
     batch = parity.probe(rows, job.image_size, job.text_length, job.model.text_tower.vocab_size)
-    before = parity.embed(job.model, layouts.nested({n: read(n) for n in job.shapes}), batch)
+    before = parity.embed(
+        job.model, traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/"), batch
+    )
     peer = open_clip_peer.version() if export_format == "open_clip" else None
     if export_format == "stablehlo":
         after, compared_with = serving.embed(target, batch), f"jax.export, jax {jax.__version__}"
@@ -207,7 +207,9 @@ def _compare(
         is_folder = export_format == "open_clip"
         path = os.path.join(target, OPEN_CLIP_WEIGHTS) if is_folder else target
         with parameter_files.open_parameters(path, job.shapes) as file:
-            params = layouts.nested({n: file.saved[n].read() for n in job.shapes})
+            params = traverse_util.unflatten_dict(
+                {n: file.saved[n].read() for n in job.shapes}, sep="/"
+            )
         after, compared_with = parity.embed(job.model, params, batch), "this package, read again"
     return {"batch": batch, "before": before, "after": after, "compared_with": compared_with}
 

@@ -3,12 +3,10 @@
 import dataclasses
 import html
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from clipa_t5x import accuracy_curves, published, report_plots
-from clipa_t5x.errors import UserError
+from clipa_t5x import accuracy_curves, published, report_page, report_plots
 
 _CSS = """
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper);
@@ -66,18 +64,7 @@ def write(path: str | os.PathLike[str], marks: Sequence[Mark], tables: Sequence[
     Raises:
       UserError: the file cannot be written, or matplotlib is missing.
     """
-    text = render(marks, tables)
-    output = pathlib.Path(path)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, output)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write '{path}' ({error.strerror}): name a file in a directory that you can "
-            "write, by --plot"
-        ) from error
+    report_page.write(path, render(marks, tables), what="", flag="--plot")
 
 
 def render(marks: Sequence[Mark], tables: Sequence[str]) -> str:

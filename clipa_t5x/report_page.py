@@ -90,8 +90,16 @@ def document(title: str, subtitle: str, parts: Iterable[str]) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def write(path: str | os.PathLike[str], text: str) -> pathlib.Path:
+def write(
+    path: str | os.PathLike[str], text: str, what: str = "the report to ", flag: str = "--output"
+) -> pathlib.Path:
     """Writes a page, all at once or not at all.
+
+    Args:
+        path: Of the file.
+        text: HTML.
+        what: Of an error: what cannot be written.
+        flag: Of an error: which option names the file.
 
     Raises:
         errors.UserError: the file cannot be written.
@@ -104,8 +112,8 @@ def write(path: str | os.PathLike[str], text: str) -> pathlib.Path:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise errors.UserError(
-            f"cannot write the report to '{path}' ({error.strerror}): name a file in a directory "
-            "that you can write, by --output"
+            f"cannot write {what}'{path}' ({error.strerror}): name a file in a directory that you "
+            f"can write, by {flag}"
         ) from error
     return path
 

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from clipa_t5x import checkpoint_folders, checkpoint_writer, checkpoints
 from clipa_t5x.errors import UserError
@@ -66,9 +67,7 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One parameter, whole, in this process's memory."""
-        request: Any = jax.ShapeDtypeStruct(self.saved[name].shape, self.saved[name].dtype)
-        for key in reversed(name.split("/")):
-            request = {key: request}
+        request = traverse_util.unflatten_dict({name: self.saved[name]}, sep="/")
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         restored = self._restore(request, lambda tree: jax.tree.map(lambda _: as_numpy, tree))
         (array,) = jax.tree.leaves(restored)
@@ -84,6 +83,12 @@ class Checkpoint:
                 partial_restore=True,  # pyright: ignore[reportCallIssue]
             ),
         )["params"]
+
+
+def open_checkpoint(model_dir: str, step: int) -> Checkpoint:
+    """The parameters of a checkpoint that is known to be there; reads no array."""
+    folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
+    return Checkpoint(folder, checkpoints.saved_params(model_dir, step))
 
 
 def load_params(
@@ -120,8 +125,7 @@ def load_checkpoint(
     Raises:
       UserError: names or shapes differ beyond `resized`.
     """
-    folder = os.fspath(checkpoint_folders.folder_of(model_dir, step))
-    source = Checkpoint(folder, checkpoints.saved_params(model_dir, step))
+    source = open_checkpoint(model_dir, step)
     return Loaded(*_load(source, abstract_params, resized), model_dir, step)
 
 

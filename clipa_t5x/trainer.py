@@ -119,7 +119,7 @@ class Trainer:
         )
         self._batch_spec, self.num_microbatches = batch_spec, num_microbatches
         self._augment, self.bad_numbers = augment, bad_numbers
-        init = functools.partial(models.init_params, model, batch=_one_example(batch_spec))
+        init = functools.partial(models.init_params, model, batch=one_example(batch_spec))
         self._init_params = lambda rng: nn.unbox(init(rng))
         self.boxed_params = jax.eval_shape(init, jax.random.key(0))
         self.state_shardings = self._shardings()
@@ -265,6 +265,6 @@ class Trainer:
         return call
 
 
-def _one_example(batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def one_example(batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Zeros for one row: parameters depend on the sizes of a row, not on their number."""
     return {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in batch_spec.items()}

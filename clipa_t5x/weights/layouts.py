@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -69,18 +68,6 @@ def unstacked(shapes: Shapes) -> dict[str, Shape]:
         else:
             apart[name] = tuple(shape)
     return apart
-
-
-def nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of parameters by name."""
-    tree: dict[str, Any] = {}
-    for name, array in params.items():
-        *path, last = name.split("/")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = array
-    return tree
 
 
 def clipa(shapes: Shapes) -> list[Tensor]:

@@ -21,9 +21,7 @@ _TEXT_POOLING = {"last": "last", "first": "first", "argmax": "argmax"}
 RESIZE_MODES = {"squash": "squash", "center_crop": "shortest"}
 
 
-def config(
-    model: Any, image_size: int, text_length: int, resize_mode: str, is_bert: bool = True
-) -> dict[str, Any]:
+def config(model: Any, image_size: int, text_length: int, resize_mode: str) -> dict[str, Any]:
     """The configuration of a `ClipModel`, as JSON has it.
 
     Args:
@@ -31,7 +29,6 @@ def config(
       image_size: pixels; position tables are of this size.
       text_length: tokens.
       resize_mode: a value of `RESIZE_MODES`, what evaluation does to images.
-      is_bert: whether token ids are CLIPA's of a WordPiece vocabulary in the same folder.
 
     Raises:
       UserError: OpenCLIP has nothing for an option of the model's; names it.
@@ -55,7 +52,7 @@ def config(
             "init_logit_bias": model.init_logit_bias,
             "quick_gelu": quick == {True},
             "vision_cfg": _vision(image, image_size),
-            "text_cfg": {**_text(text, text_length), **(tokens if is_bert else {})},
+            "text_cfg": {**_text(text, text_length), **tokens},
         },
         "preprocess_cfg": {
             "size": [image_size, image_size],

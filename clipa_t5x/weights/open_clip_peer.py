@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from clipa_t5x.weights import parity
+from clipa_t5x.weights import open_clip_options, parity
 
 
 def version() -> str | None:
@@ -26,7 +26,7 @@ def version() -> str | None:
 
 def is_folder(path: str) -> bool:
     """Whether it is a local folder that OpenCLIP loads."""
-    return os.path.isfile(os.path.join(path, "open_clip_config.json"))
+    return os.path.isfile(os.path.join(path, open_clip_options.CONFIG_FILE))
 
 
 def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:

@@ -9,6 +9,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from clipa_t5x.weights import array_files, array_writers, exporting, layouts, parity
 
@@ -49,7 +50,8 @@ def export_towers(
         def embed(params: Mapping[str, jax.Array], x: jax.Array, method: str = method) -> jax.Array:
             # Embedding has no use for them, but a model is not bound without.
             unused = dict.fromkeys((layouts.LOGIT_SCALE, layouts.LOGIT_BIAS), jnp.zeros(()))
-            return model.apply({"params": {**unused, **layouts.nested(params)}}, x, method=method)
+            tree = traverse_util.unflatten_dict({**unused, **params}, sep="/")
+            return model.apply({"params": tree}, x, method=method)
 
         params = {
             name: jax.ShapeDtypeStruct(s.shape, np.float32)

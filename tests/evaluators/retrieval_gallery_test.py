@@ -2,17 +2,14 @@ import base64
 import io
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import table_towers
 import tiny_records
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from clipa_t5x import partitioning
-from clipa_t5x.data import input_pipeline, preprocessors, record_writer
-from clipa_t5x.evaluators import evaluator, retrieval_gallery
+from clipa_t5x.data import preprocessors, record_writer
+from clipa_t5x.evaluators import retrieval_gallery
 
 CAPTIONS = """a red cat/a blue dog/a small cat/photo of red/a blue dog/big green/a cat, a dog/blue
 /a red cat/green dogs/small photo/of a/big cats""".replace("\n", "").split("/")
@@ -33,38 +30,10 @@ def task(tmp_path_factory):
     return tiny_records.task("gallery_test", root, preprocessors.squash, label_key=None)
 
 
-def embed_images(params, images):
-    """The mean red, which tells the pictures apart, picks a row of a random table."""
-    red = images[..., 0].astype(jnp.float32).mean(axis=(1, 2))
-    return params["images"][jnp.argmin(jnp.abs(red[:, None] - params["red"]), axis=1)]
-
-
-def embed_text(params, text):
-    x = params["text"][text].sum(axis=1)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(3)
-    table = rng.normal(size=(COUNT, JOINT)).astype(np.float32)
-    return {
-        "images": table / np.linalg.norm(table, axis=1, keepdims=True),
-        "red": np.array([tiny_records.picture(i, 16, 16)[..., 0].mean() for i in range(COUNT)]),
-        "text": rng.normal(size=(15, JOINT)).astype(np.float32),
-    }
-
-
-def embed(devices, model):
-    mesh = Mesh(
-        np.array(jax.devices()[:devices]).reshape(1, devices // model, model),
-        partitioning.MESH_AXES,
-    )
-    out = NamedSharding(mesh, PartitionSpec(("replica", "data")))
-    return evaluator.EmbedFunctions(
-        jax.jit(embed_images, out_shardings=out),
-        jax.jit(embed_text, out_shardings=out),
-        input_pipeline.BatchLayout(out),
+    return table_towers.parameters(
+        np.array([tiny_records.picture(i, 16, 16)[..., 0].mean() for i in range(COUNT)]), JOINT
     )
 
 
@@ -98,7 +67,7 @@ def vocabulary(tmp_path_factory):
 def test_recall_is_brute_forces(task, params, vocabulary, devices, model, batch_size, count):
     cfg = tiny_records.config(task, batch_size, shuffle=False, max_examples=count)
     gallery = retrieval_gallery.RetrievalGallery(cfg)
-    values = gallery.evaluate(params, embed(devices, model), None)
+    values = gallery.evaluate(params, table_towers.embed(devices, model), None)
     scores = similarity(params, vocabulary)
     assert values == {
         f"recall_at_{k}": pytest.approx(recall(scores, k, count or COUNT)) for k in (1, 5)
@@ -117,7 +86,9 @@ def test_a_perfect_model_finds_everything(task, params, vocabulary, tmp_path, mo
         table.append(x / np.linalg.norm(x))
     perfect = {**params, "images": np.array(table), "text": text}
     cfg = tiny_records.config(task, shuffle=False)
-    values = retrieval_gallery.RetrievalGallery(cfg).evaluate(perfect, embed(8, 1), None)
+    values = retrieval_gallery.RetrievalGallery(cfg).evaluate(
+        perfect, table_towers.embed(8, 1), None
+    )
     assert values == {"recall_at_1": 1.0, "recall_at_5": 1.0}
     assert list(tmp_path.iterdir()) == []  # nothing is written during training
 
@@ -125,7 +96,7 @@ def test_a_perfect_model_finds_everything(task, params, vocabulary, tmp_path, mo
 def test_the_gallery_shows_what_was_found(task, params, vocabulary, tmp_path):
     cfg = tiny_records.config(task, shuffle=False)
     gallery = retrieval_gallery.RetrievalGallery(cfg, num_captions=5, num_images=3)
-    gallery.evaluate(params, embed(8, 1), str(tmp_path))
+    gallery.evaluate(params, table_towers.embed(8, 1), str(tmp_path))
     items = json.loads((tmp_path / "gallery.json").read_text())["items"]
     scores = similarity(params, vocabulary)
     # Spread evenly over the set, first and last included.
@@ -146,7 +117,7 @@ def test_the_gallery_shows_what_was_found(task, params, vocabulary, tmp_path):
 def test_more_captions_are_asked_for_than_there_are(task, params, tmp_path):
     cfg = tiny_records.config(task, shuffle=False, max_examples=2)
     gallery = retrieval_gallery.RetrievalGallery(cfg)
-    gallery.evaluate(params, embed(8, 1), str(tmp_path))
+    gallery.evaluate(params, table_towers.embed(8, 1), str(tmp_path))
     items = json.loads((tmp_path / "gallery.json").read_text())["items"]
     assert [item["caption"] for item in items] == CAPTIONS[:2]
     assert all(len(item["results"]) == 2 for item in items)

@@ -1,16 +1,12 @@
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import table_towers
 import tiny_records
 import tiny_tars
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clipa_t5x import partitioning
 from clipa_t5x.data import preprocessors, prompts, record_writer
-from clipa_t5x.data.input_pipeline import BatchLayout
 from clipa_t5x.errors import UserError
-from clipa_t5x.evaluators import evaluator, retrieval
+from clipa_t5x.evaluators import retrieval
 
 JOINT, COUNT = 4, 21
 WORDS = ("red", "green", "blue", "cat", "dog", "big", "small", "a", "of", "photo")
@@ -23,43 +19,13 @@ def captions(i):
     return [" ".join(rng.choice(WORDS, 3 - (i + j) % 2)) for j in range(number)]
 
 
-def embed_images(params, images):
-    """The mean red, which tells the pictures apart, picks a row of a random table."""
-    red = images[..., 0].astype(jnp.float32).mean(axis=(1, 2))
-    return params["images"][jnp.argmin(jnp.abs(red[:, None] - params["red"]), axis=1)]
-
-
-def embed_text(params, text):
-    x = params["text"][text].sum(axis=1)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
 def picture(i):
     return np.full((16, 16, 3), 12 * i, np.uint8)
 
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(3)
-    table = rng.normal(size=(COUNT, JOINT)).astype(np.float32)
-    return {
-        "images": table / np.linalg.norm(table, axis=1, keepdims=True),
-        "red": 12.0 * np.arange(COUNT, dtype=np.float32),
-        "text": rng.normal(size=(15, JOINT)).astype(np.float32),
-    }
-
-
-def embed(devices, model=1):
-    mesh = Mesh(
-        np.array(jax.devices()[:devices]).reshape(1, devices // model, model),
-        partitioning.MESH_AXES,
-    )
-    out = NamedSharding(mesh, PartitionSpec(("replica", "data")))
-    return evaluator.EmbedFunctions(
-        jax.jit(embed_images, out_shardings=out),
-        jax.jit(embed_text, out_shardings=out),
-        BatchLayout(out),
-    )
+    return table_towers.parameters(12.0 * np.arange(COUNT, dtype=np.float32), JOINT)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +83,7 @@ def test_recalls_are_brute_forces(directory, task, params, devices, model, batch
     cfg = tiny_records.config(task, batch_size, shuffle=False, max_examples=count)
     item = retrieval.Retrieval(cfg)
     item.check()
-    values = item.evaluate(params, embed(devices, model), None)
+    values = item.evaluate(params, table_towers.embed(devices, model), None)
     numbers = [i for i in range(count) if i != 5]
     scores, owners = similarities(params, tiny_records.vocabulary(directory), numbers)
     expected = recalls(scores, owners)
@@ -133,7 +99,7 @@ def test_a_model_that_tells_nothing_apart_finds_nothing_much(task, params):
     same = {**params, "images": np.ones_like(params["images"]) / 2}
     same["text"] = np.ones_like(params["text"])
     cfg = tiny_records.config(task, shuffle=False)
-    values = retrieval.Retrieval(cfg).evaluate(same, embed(8), None)
+    values = retrieval.Retrieval(cfg).evaluate(same, table_towers.embed(8), None)
     assert values["text_to_image_recall_at_1"] < 0.1
     assert values["image_to_text_recall_at_10"] < 0.3
 
@@ -150,7 +116,7 @@ def test_one_caption_a_line_of_a_tar_is_the_same(directory, task, params, tmp_pa
         vocabulary=tiny_records.vocabulary(directory), max_captions=5,
     )  # fmt: skip
     cfgs = [tiny_records.config(each, shuffle=False) for each in (name, task)]
-    found = [retrieval.Retrieval(cfg).evaluate(params, embed(8), None) for cfg in cfgs]
+    found = [retrieval.Retrieval(cfg).evaluate(params, table_towers.embed(8), None) for cfg in cfgs]
     assert found[0] == found[1]
 
 
@@ -166,4 +132,4 @@ def test_data_of_which_nothing_can_be_read_are_refused(tmp_path, params):
     name = tiny_records.task("retrieval_none", tmp_path, max_captions=5)
     item = retrieval.Retrieval(tiny_records.config(name, shuffle=False))
     with pytest.raises(UserError, match="no record of retrieval_none can be read"):
-        item.evaluate(params, embed(8), None)
+        item.evaluate(params, table_towers.embed(8), None)

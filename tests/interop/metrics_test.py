@@ -1,8 +1,6 @@
 """Our metrics are open_clip's and clip_benchmark's own, on the same embeddings."""
 
 import importlib.util
-import pathlib
-import re
 
 import jax
 import numpy as np
@@ -29,17 +27,9 @@ def peer(name):
 
 
 @pytest.fixture(scope="module")
-def open_clip_train(torch):
-    """open_clip's training code; torchvision for GPUs is imported without its operators."""
-    found = importlib.util.find_spec("torchvision")
-    if found is None or importlib.util.find_spec("open_clip_train") is None:
-        pytest.skip("open_clip_train is not installed: extra interop")
-    source = (pathlib.Path(found.origin).parent / "_meta_registrations.py").read_text()
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in set(re.findall(r'(?:register_meta\(|torchvision::)"?(\w+)', source)):
-        if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor x) -> Tensor")
-    return importlib.import_module("open_clip_train.train"), library
+def open_clip_train(open_clip):
+    """open_clip's training code."""
+    return peer("open_clip_train.train")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +58,7 @@ def test_retrieval_is_open_clips(torch, open_clip_train, embeddings, layout):
     """Of one caption an image, which is all that it takes."""
     images, texts = embeddings[0], embeddings[1][::CAPTIONS]
     features = (torch.from_numpy(x.copy()) for x in (images, texts))
-    theirs = open_clip_train[0].get_clip_metrics(*features, torch.tensor(1.0))
+    theirs = open_clip_train.get_clip_metrics(*features, torch.tensor(1.0))
     ours = recalls(images, texts, layout)
     assert 0.1 < ours["image_to_text_recall_at_1"] < 0.9
     for name, value in ours.items():

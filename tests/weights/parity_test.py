@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 import trap_weights
+from flax import traverse_util
 
-from clipa_t5x.weights import layouts, parity
+from clipa_t5x.weights import parity
 
 ARRAYS = {"w": {"shape": [2, 3], "dtype": "float32", "crc32c": "00000000", "from": ["w"]}}
 
@@ -65,7 +66,7 @@ def test_what_was_not_embedded_neither_passes_nor_fails(tmp_path):
 
 def test_embeddings_are_float32_s_whatever_the_model_computes_in(tiny_model):
     batch = parity.probe(3, 16, 8, 64)
-    params = layouts.nested(trap_weights.make(tiny_model(), 16, 8))
+    params = traverse_util.unflatten_dict(trap_weights.make(tiny_model(), 16, 8), sep="/")
     exact = parity.embed(tiny_model(), params, batch)
     half = parity.embed(
         tiny_model(image={"dtype": "bfloat16"}, text={"dtype": "bfloat16"}), params, batch

@@ -3,8 +3,9 @@ import json
 import jax.export
 import numpy as np
 import trap_weights
+from flax import traverse_util
 
-from clipa_t5x.weights import layouts, parity, serving
+from clipa_t5x.weights import parity, serving
 
 
 def test_artefacts_give_the_model_s_embeddings(tiny_model, tmp_path):
@@ -14,7 +15,7 @@ def test_artefacts_give_the_model_s_embeddings(tiny_model, tmp_path):
     assert written.keys() == weights.keys()
     batch = parity.probe(5, 16, 8, 64)
     served = serving.embed(str(tmp_path), batch)
-    expected = parity.embed(model, layouts.nested(weights), batch)
+    expected = parity.embed(model, traverse_util.unflatten_dict(weights, sep="/"), batch)
     np.testing.assert_allclose(served.images, expected.images, atol=2e-6)
     np.testing.assert_allclose(served.texts, expected.texts, atol=2e-6)
     signature = json.loads((tmp_path / serving.SIGNATURE).read_text())
