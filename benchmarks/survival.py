@@ -34,9 +34,17 @@ RUN_KILLS = 10  # Then a run comes to its end, and another begins.
 class Case:
     """Runs of one command in folders of their own, and what an undisturbed one comes to."""
 
-    def __init__(self, workspace: pathlib.Path, name: str, num_processes: int = 1, stages: int = 2):
+    def __init__(
+        self,
+        workspace: pathlib.Path,
+        name: str,
+        max_unsaved_steps: int | None,
+        num_processes: int = 1,
+        stages: int = 2,
+    ):
         """Trains undisturbed."""
         self._workspace, self._name, self._num_processes = workspace, name, num_processes
+        self._max_unsaved_steps = max_unsaved_steps
         self._stages, self._numbers = stages, itertools.count()
         whole = self.make()
         start = time.perf_counter()
@@ -53,6 +61,7 @@ class Case:
             f"MODEL_DIR = {str(model_dir)!r}", f"STAGES = {stages!r}", f"TRAIN_STEPS = {STEPS}",
             f"CHECKPOINT_PERIOD = {PERIOD}", f"EVAL_PERIOD = {STEPS // 2}", "LOG_PERIOD = 1",
             "WARMUP_STEPS = 5", "EVAL_EXAMPLES = 256",
+            f"MAX_UNSAVED_STEPS = {self._max_unsaved_steps}",
         ]  # fmt: skip
         command = experiments.command(
             "schedule",
@@ -105,7 +114,8 @@ class Case:
         print(f"{self._name}, {len(seen)} kills {moments_seen} in {runs} runs of {self._stages} x "
               f"{STEPS} steps: {different} of {runs} ends differ")  # fmt: skip
         print(f"  steps done again after a kill: median {statistics.median(redone)}, at most "
-              f"{max(redone)}; a checkpoint every {PERIOD}; more than that: "
+              f"{max(redone)}; a checkpoint every {PERIOD}, MAX_UNSAVED_STEPS = "
+              f"{self._max_unsaved_steps}; more than a period: "
               f"{sum(n > PERIOD for n in redone)}", flush=True)  # fmt: skip
         if self._num_processes > 1:
             statuses = collections.Counter(s for kill in seen for s in kill.statuses if s != -9)
@@ -139,11 +149,12 @@ def main():
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lanes", type=int, default=2, help="runs of one process at a time")
+    parser.add_argument("--max_unsaved_steps", type=int, help="have training wait for saves")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         workspace = pathlib.Path(folder)
         build.main(["shapes", f"--output_dir={workspace}/data/shapes"])
-        one = Case(workspace, "one process")
+        one = Case(workspace, "one process", args.max_unsaved_steps)
         if args.damages:
             damaged(workspace, args.damages, random.Random(args.seed))
         if args.save_kills:
@@ -151,7 +162,7 @@ def main():
         if args.kills:
             one.survive(tuple(killing.MOMENTS), args.kills, args.seed + 1, args.lanes)
         if args.process_kills:
-            two = Case(workspace, "two processes", num_processes=2, stages=1)
+            two = Case(workspace, "two processes", args.max_unsaved_steps, 2, stages=1)
             moments = ("start", "step", "save", "evaluation")
             two.survive(moments, args.process_kills, args.seed + 2)
 

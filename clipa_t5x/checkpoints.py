@@ -51,6 +51,9 @@ class SaveCheckpointConfig:
       best_mode: 'max' where larger is better, or 'min'.
       max_failed_saves: how many saves of a start may fail, each logged as an error, before the run
         does. The last one of a run must not.
+      max_unsaved_steps: most steps that a kill may cost: training waits for the save under way
+        before it does more. Not less than `period`, which makes it wait for each save at once;
+        None never waits but for the save before.
     """
 
     period: int | None = None
@@ -60,6 +63,7 @@ class SaveCheckpointConfig:
     best_metric: str | None = None
     best_mode: str = "max"
     max_failed_saves: int = 0
+    max_unsaved_steps: int | None = None
 
     def check(self) -> None:
         """Refuses what cannot be saved by.
@@ -71,6 +75,7 @@ class SaveCheckpointConfig:
             ("CHECKPOINT_PERIOD", self.period),
             ("KEEP_CHECKPOINTS", self.keep),
             ("KEEP_CHECKPOINT_PERIOD", self.keep_period),
+            ("MAX_UNSAVED_STEPS", self.max_unsaved_steps),
         ):
             if value is not None:
                 check_number(name, value, minimum=1, whole=True)
@@ -82,6 +87,12 @@ class SaveCheckpointConfig:
             raise UserError(
                 f"KEEP_BEST_CHECKPOINTS is {self.keep_best} and BEST_METRIC is not set: name a "
                 "metric, such as 'inference_eval/imagenet/accuracy'."
+            )
+        unsaved = self.max_unsaved_steps
+        if unsaved is not None and (self.period is None or unsaved < self.period):
+            raise UserError(
+                f"MAX_UNSAVED_STEPS is {unsaved}, less than the steps between two checkpoints, "
+                f"CHECKPOINT_PERIOD = {self.period}: lower that one, or allow for more."
             )
 
     @property
@@ -247,6 +258,19 @@ class Checkpointer:
                 name,
                 ", ".join(sorted(metrics)),
             )
+
+    def limit_unsaved(self, step: int) -> None:
+        """Waits for the save under way where a kill within the next step would cost too much.
+
+        Args:
+          step: updates done.
+
+        Raises:
+          UserError: the save failed, and no more may.
+        """
+        most = self._cfg.max_unsaved_steps
+        if most is not None and step + 1 - max(self._steps, default=0) > most:
+            self.wait()
 
     def wait(self, last: bool = False) -> None:
         """Waits for the save that is under way, and counts it if it failed.

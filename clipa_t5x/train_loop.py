@@ -323,6 +323,8 @@ class TrainLoop:
         if stopping:
             self._close_checkpointer()
             raise preemption.PreemptedError(step)
+        with self.supervisor.recorder.phase("checkpoint"):
+            self.checkpointer.limit_unsaved(step)
 
     def _evaluate(self, step: int, state: train_state.TrainState) -> dict[str, float]:
         with self.progress.timer.paused(), self.supervisor.recorder.phase("evaluation"):

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import experiments
 import numpy as np
@@ -108,6 +109,32 @@ def test_some_may_fail(tmp_path, caplog):
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert ["checkpoint_2" in errors[0], "checkpoint_3" in errors[1]] == [True, True]
     assert "1 of 2" in errors[0] and "2 of 2" in errors[1] and len(errors) == 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "step", "waits"), [([], 3, True), ([], 2, False), ([1], 3, False)]
+)
+def test_training_waits_where_a_kill_would_cost_too_much(tmp_path, monkeypatch, saved, step, waits):
+    """At most three steps after the newest that counts: before a fourth the save has ended."""
+    checkpointer = open_run(tmp_path, period=1, max_unsaved_steps=3)
+    for whole in saved:
+        checkpointer.save(whole, small_state(), DATA)
+        checkpointer.wait()
+    may_end, write = threading.Event(), checkpoint_manifest.write
+
+    def write_slowly(*args):
+        may_end.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint_manifest, "write", write_slowly)
+    checkpointer.save(2, small_state(), DATA)
+    release = threading.Timer(0.2, may_end.set)
+    release.start()
+    checkpointer.limit_unsaved(step)
+    assert may_end.is_set() == waits
+    assert checkpoints.all_steps(str(tmp_path)) == [*saved, 2][: len(saved) + waits]
+    checkpointer.close()
+    release.join()
 
 
 def test_no_more_may_fail_than_are_allowed(tmp_path):
@@ -314,6 +341,7 @@ def test_two_processes_save_and_fail_together(tmp_path, allowed):
 
 SAVING_ON = """
 import sys
+import threading
 import jax, jax.numpy as jnp
 from clipa_t5x import checkpoints, train_state
 

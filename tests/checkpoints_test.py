@@ -343,6 +343,9 @@ def test_a_model_dir_that_cannot_be_made(tmp_path):
         ({"keep_period": 0}, ["KEEP_CHECKPOINT_PERIOD is 0"]),
         ({"keep_best": -1}, ["KEEP_BEST_CHECKPOINTS is -1"]),
         ({"max_failed_saves": None}, ["MAX_FAILED_SAVES is None"]),
+        ({"max_unsaved_steps": 0}, ["MAX_UNSAVED_STEPS is 0"]),
+        ({"max_unsaved_steps": 9}, ["MAX_UNSAVED_STEPS is 9", "CHECKPOINT_PERIOD = None"]),
+        ({"max_unsaved_steps": 9, "period": 10}, ["MAX_UNSAVED_STEPS is 9", "PERIOD = 10"]),
         ({"best_mode": "mx"}, ["BEST_MODE is 'mx'", "'max' or 'min'"]),
         ({"keep_best": 2}, ["KEEP_BEST_CHECKPOINTS is 2", "BEST_METRIC is not set"]),
     ],
@@ -350,6 +353,7 @@ def test_a_model_dir_that_cannot_be_made(tmp_path):
 def test_what_cannot_be_saved_by(cfg, parts):
     one_line_error(checkpoints.SaveCheckpointConfig(**cfg).check, *parts)
     checkpoints.SaveCheckpointConfig(keep=None, keep_best=1, best_metric="a").check()
+    checkpoints.SaveCheckpointConfig(period=10, max_unsaved_steps=10).check()
 
 
 # Other models, other optimizers.
