@@ -73,7 +73,8 @@ def _facts(history: run_history.RunHistory, rows: list[dict[str, Any]]) -> str:
     newest = next((stage for stage in reversed(history.stages) if stage.info), history.stages[-1])
     parameters = newest.number("num_params")
     facts = []
-    for name in history.group_names(run_history.INFERENCE_EVAL, "accuracy"):
+    evaluators = history.group_names(run_history.INFERENCE_EVAL, "accuracy")
+    for name in evaluators if run_summary.in_line(evaluators) else ():
         last = [row["zero_shot"][name] for row in rows if row["zero_shot"][name] is not None][-1]
         facts.append((f"Zero-shot top-1, {name}", run_summary.format_percent(last)))
     facts.append(("Train loss", f"{losses[-1]:.4g}" if losses else None))
@@ -91,7 +92,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     note = "Images/s is the median over the log, without its first record."
     if rows and rows[0]["zero_shot"]:
         note += " Top-1 is zero-shot accuracy at the stage's last evaluation."
-    return report_page.table(run_summary.table_cells(rows), "summary", note)
+    text = report_page.table(run_summary.table_cells(rows), "summary", note)
+    if cells := run_summary.evaluation_cells(rows):
+        names = [[report_plots.label(line[0], 60), *line[1:]] for line in cells]
+        text += f'<div class="scroll">{report_page.table(names, "summary")}</div>'
+    return text
 
 
 def _confusions(history: run_history.RunHistory) -> str:

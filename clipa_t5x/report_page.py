@@ -8,10 +8,14 @@ import datetime
 import html
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from clipa_t5x import errors, report_plots, run_history, run_summary, run_tables
+
+# HTML allows for no control characters but these three of white space, and UTF-8 for no surrogate.
+_UNSHOWABLE = re.compile(r"[^\t\n\r -~\u00a0-\ud7ff\ue000-\U0010ffff]")
 
 _CSS = """
 * { box-sizing: border-box; }
@@ -45,6 +49,8 @@ figure, dd { margin: 0; min-width: 0; }
 strong { color: var(--ink); font-size: .95rem; margin-right: .4rem; }
 .plot { display: block; width: 100%; height: auto; }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
+.key { display: inline-block; width: 1.5em; height: .5em; margin-right: .3em; }
+.end { white-space: nowrap; }
 .plot text { font-family: inherit !important; }
 details { border-top: 1px solid var(--rule); padding: .6rem 0; }
 summary { cursor: pointer; font-weight: 600; }
@@ -119,8 +125,8 @@ def write(
 
 
 def escape(text: Any) -> str:
-    """Text as HTML, within elements and attributes alike."""
-    return html.escape(str(text), quote=True)
+    """Text as HTML, within elements and attributes alike; no control characters, no surrogates."""
+    return html.escape(_UNSHOWABLE.sub("\ufffd", str(text)), quote=True)
 
 
 def section(key: str, heading: str, content: str) -> str:

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from clipa_t5x import errors, run_history, run_summary
@@ -32,11 +32,15 @@ COLORS = {
     "miss-ink": ("#b0413a", "#ee8f88"),
 }
 _INK, _QUIET, _RULE, *_SERIES = [light for light, _ in COLORS.values()][:9]
-_DASHES = ("-", "--", ":", "-.")
+# Of matplotlib and of SVG.
+_DASHES = {"-": "none", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}
 
 # A plot is a few hundred pixels wide: more points than this only make the file heavier.
 _MAX_POINTS = 600
 
+
+# More curves than colours share no panel: nobody could tell them apart.
+_MAX_SERIES = len(_SERIES)
 
 # Of metrics that have no panel of their own in `_plots`: a stranger's log may have any number.
 _MAX_OTHERS = 24
@@ -136,7 +140,17 @@ def _plots(view: _View) -> list[_Plot]:
             from_zero=True, small=True,
         ),
     ]  # fmt: skip
-    return [plot for plot in [*plots, *_others(view)] if plot.series]
+    return [part for plot in [*plots, *_others(view)] for part in _parts(plot)]
+
+
+def _parts(plot: _Plot) -> Iterator[_Plot]:
+    """The plot as it is, or in parts where it has too many curves; none where it has none."""
+    starts = range(0, len(plot.series), _MAX_SERIES)
+    parts = [plot.series[start : start + _MAX_SERIES] for start in starts]
+    for index, series in enumerate(parts):
+        number = f" ({index + 1} of {len(parts)})" if len(parts) > 1 else ""
+        key, title = plot.key + f"-{index}" * bool(index), plot.title + number
+        yield dataclasses.replace(plot, key=key, title=title, series=series)
 
 
 def _recalls(view: _View) -> Iterator[_Plot]:
@@ -149,7 +163,7 @@ def _recalls(view: _View) -> Iterator[_Plot]:
                 view.evaluations(prefix, value, f"{{}} R@{found[2]}")
             )
     for index, (kind, series) in enumerate(kinds.items()):
-        title = f"Recall, {kind.rstrip('_/').replace('_', ' ')}" if kind else "Recall"
+        title = f"Recall, {label(kind.rstrip('_/').replace('_', ' '))}" if kind else "Recall"
         yield _Plot(f"recall{index}", title, series, percent=True, from_zero=True)
 
 
@@ -182,7 +196,7 @@ def curves(histories: Sequence[run_history.RunHistory], names: Sequence[str] = (
 
     Args:
         histories: One or several runs; several share panels, each in a colour of its own.
-        names: Of the runs, for legends.
+        names: Of the runs, for captions.
 
     Returns:
         The panels; where there are several axes, all sets of panels, between which radio buttons
@@ -224,20 +238,30 @@ def _panels(view: _View, key: str) -> str:
 
 def _figure(plot: _Plot, view: _View) -> str:
     ends, spans, holes = [], [], 0
-    for series in plot.series:
+    for series, style in _styled(plot, view):
         finite = [y for y in series.values if math.isfinite(y)]
         holes += len(series.values) - len(finite)
         name = f"{label(series.name)} " if len(plot.series) > 1 else ""
-        ends.append(name + plot.show(series.values[-1]))
+        end = html.escape(name + plot.show(series.values[-1]))
+        ends.append(f'<span class="end">{_key(style)}{end}</span>' if name else end)
         if finite:
             ordered = [plot.show(y) for y in (finite[0], finite[-1], min(finite), max(finite))]
             spans.append("{}from {} to {}, least {}, greatest {}".format(name, *ordered))
     caption = "last: " + ", ".join(ends) + (f"; {holes} not finite, not drawn" if holes else "")
     alt = f"{plot.title} over {view.axis}: {'; '.join(spans) or 'no finite value'}"
-    title = f"<strong>{html.escape(plot.title)}</strong> {html.escape(caption)}"
+    title = f"<strong>{html.escape(plot.title)}</strong> {caption}"
     size = (3.7, 2.2) if plot.small else (5.6, 3.0)
     svg = draw_svg(lambda axes: _draw(axes, plot, view), plot.key, size, alt)
     return f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
+
+
+def _key(style: Mapping[str, Any]) -> str:
+    """A line as a curve is drawn: in the caption it hides none, however many and long names are."""
+    dashes = _DASHES[style["linestyle"]]
+    return _themed(
+        '<svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4H24" fill="none" '
+        f'style="stroke: {style["color"]}" stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
+    )
 
 
 def label(text: str, limit: int = 40) -> str:
@@ -298,6 +322,11 @@ def _inline(svg: str, key: str, alt: str) -> str:
     # Identifiers are one name space for the whole document.
     svg = svg.replace('xlink:href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
     svg = re.sub(r'(<[^<>]*\bid=")', rf"\g<1>{key}-", svg)
+    return _themed(svg)
+
+
+def _themed(svg: str) -> str:
+    """Colours of styles, drawn in the light ones, as variables of the page."""
     for name, (light, _) in COLORS.items():
         svg = svg.replace(f": {light}", f": var(--{name}, {light})")
     return svg
@@ -306,7 +335,8 @@ def _inline(svg: str, key: str, alt: str) -> str:
 def _draw(axes: Any, plot: _Plot, view: _View) -> None:
     from matplotlib import ticker
 
-    handles = [_draw_series(axes, series, style) for series, style in _styled(plot, view)]
+    for series, style in _styled(plot, view):
+        _draw_series(axes, series, style)
     low, high = 0.0, max(history.spans(view.axis)[-1][1] for history in view.histories)
     axes.set_xlim(low, high if high > low else low + 1)
     finite = [y for series in plot.series for y in series.values if math.isfinite(y)]
@@ -324,12 +354,6 @@ def _draw(axes: Any, plot: _Plot, view: _View) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: format_flops(value))
     if plot.percent:
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    if len(plot.series) > 1:
-        # Texts are set afterwards: matplotlib drops labels that begin with an underscore.
-        blanks = ["x" * len(label(series.name)) for series in plot.series]
-        legend = axes.legend(handles, blanks, frameon=False)
-        for text, series in zip(legend.get_texts(), plot.series, strict=True):
-            text.set(text=label(series.name), parse_math=False, color=_INK)
     if len(view.histories) == 1:
         _mark_stages(axes, view, labelled=not plot.small)
 
@@ -342,19 +366,17 @@ def _styled(plot: _Plot, view: _View) -> Iterator[tuple[_Series, dict[str, Any]]
         if len(view.histories) > 1:
             dash, color = drawn[series.run], series.run % len(_SERIES)
             drawn[series.run] += 1
-        yield series, {"color": _SERIES[color], "linestyle": _DASHES[dash % len(_DASHES)]}
+        yield series, {"color": _SERIES[color], "linestyle": list(_DASHES)[dash % len(_DASHES)]}
 
 
-def _draw_series(axes: Any, series: _Series, style: dict[str, Any]) -> Any:
-    """Returns a handle for the legend."""
-    line = None
+def _draw_series(axes: Any, series: _Series, style: dict[str, Any]) -> None:
+    """Draws a line for each stage, or one where evaluations are joined."""
     segments = [sum(series.segments, [])] if series.sparse else series.segments
     for segment in filter(None, segments):
         points = [(x, y if math.isfinite(y) else math.nan) for x, y in _thin(segment)]
         marker = "o" if len(points) == 1 or series.sparse and len(points) < 60 else ""
         style |= {"marker": marker, "ms": 3.5, "lw": 1.5, "clip_on": False}
-        (line,) = axes.plot(*zip(*points, strict=True), **style)
-    return line
+        axes.plot(*zip(*points, strict=True), **style)
 
 
 def format_flops(value: float) -> str:

@@ -6,7 +6,7 @@ Standard library only, as `run_history` is.
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from clipa_t5x import run_history, wall_time
@@ -15,6 +15,9 @@ MISSING = "-"
 
 # Values that say how something was measured, and not how it went.
 NO_METRICS = frozenset({"samples", "num_examples", "seconds"})
+
+# More evaluations than these have a table of their own: no line holds the 38 of clip_benchmark.
+_MOST_EVALUATIONS_IN_LINE = 4
 
 
 def summary_rows(history: run_history.RunHistory) -> list[dict[str, Any]]:
@@ -80,9 +83,30 @@ def _training_seconds(stage: run_history.Stage) -> float | None:
     return total or None
 
 
+def in_line(evaluators: Collection[str]) -> bool:
+    """Whether so many evaluations fit into a line about a run, each with its accuracy."""
+    return len(evaluators) <= _MOST_EVALUATIONS_IN_LINE
+
+
+def evaluation_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Top-1 accuracies as text cells, a row for every evaluation and a column for every stage.
+
+    Empty where there are so few that they are in `table_cells`.
+    """
+    evaluators = list(rows[0]["zero_shot"]) if rows else []
+    if in_line(evaluators):
+        return []
+    cells = [["zero-shot top-1", *(row["stage"] for row in rows)]]
+    cells += [
+        [name, *(format_percent(row["zero_shot"][name]) for row in rows)] for name in evaluators
+    ]
+    return cells
+
+
 def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Formats rows of `summary_rows` as text cells; the first row holds the headings."""
     evaluators = list(rows[0]["zero_shot"]) if rows else []
+    evaluators = evaluators if in_line(evaluators) else []
     fixed = ["stage", "pixels", "image tokens", "text tokens", "samples", "images/s"]
     cells = [[*fixed, *(f"top-1 {name}" for name in evaluators), "training time"]]
     for row in rows:
@@ -111,8 +135,9 @@ def _stage_cell(row: Mapping[str, Any]) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays rows of `summary_rows` out as a plain-text table, without a final newline."""
-    return format_cells(table_cells(rows))
+    """Lays rows of `summary_rows` out as plain-text tables, without a final newline."""
+    tables = [table_cells(rows), evaluation_cells(rows)]
+    return "\n\n".join(format_cells(cells) for cells in tables if cells)
 
 
 def format_cells(table: Sequence[Sequence[str]]) -> str:

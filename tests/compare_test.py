@@ -89,8 +89,10 @@ def test_equal_recipes_say_so(tmp_path):
 
 def test_curves_and_times_are_of_both(page):
     assert page.count('type="radio"') == 2
-    assert page.count("last: A digits 50.0%, A odd 10.0%, B digits 75.0%") == 0
-    assert page.count("last: A digits 50.0%, B digits 75.0%, A odd 10.0%") == 2
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    texts = [re.sub("<.*?>", "", caption) for caption in captions]
+    text = "Zero-shot top-1 last: A digits 50.0%, B digits 75.0%, A odd 10.0%"
+    assert texts.count(text) == 2
     assert "A 60.0% of 1 min 40 s" in page and "B 80.0% of 1 min 40 s" in page
     assert ">A s1</text>" in page and ">B s1</text>" in page
     assert "<b>," not in page and "&lt;b&gt; (1 stage)" in page

@@ -63,6 +63,12 @@ def test_strangers_names_are_text(tmp_path):
     assert page.count("&lt;/td&gt;&lt;script") == 7 and "y" * 201 not in page
 
 
+def test_text_keeps_no_character_that_a_page_cannot_hold():
+    text = report_page.escape("a\tb\n\x00\x1b[2J\x7f\x85\ud800é日🙂<")
+    assert text == "a\tb\n\ufffd\ufffd[2J\ufffd\ufffd\ufffdé日🙂&lt;"
+    text.encode()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": 3}', "[" * 100_000, "\xff"])
 def test_what_cannot_be_read_is_told(text, tmp_path):
     write(tmp_path, line(1, loss=1))

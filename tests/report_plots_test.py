@@ -18,6 +18,12 @@ def two_stages(folder, *flops):
     return run_history.load(folder)
 
 
+def captions(page):
+    """(title, text) of every panel, text without the lines that tell its curves apart."""
+    found = re.findall("<figcaption><strong>(.*?)</strong> (.*?)</figcaption>", page)
+    return [(title, re.sub("<.*?>", "", text)) for title, text in found]
+
+
 def test_flops_go_on_from_stage_to_stage(tmp_path):
     history = two_stages(tmp_path, 7, 300)
     assert history.axes == ("samples", "training FLOPs")
@@ -35,7 +41,7 @@ def test_buttons_switch_between_axes(tmp_path):
     assert re.findall(r"Loss over ([\w ]+):", page) == ["samples", "training FLOPs"]
     assert page.count('type="radio"') == 2 and page.count(" checked>") == 1
     # The second stage is nearly all of the FLOPs: its curve begins near the left edge.
-    assert page.count("<svg") == 4
+    assert page.count('<svg class="plot"') == 4
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -45,7 +51,7 @@ def test_without_flops_there_are_samples_only(flops, tmp_path):
     history = two_stages(tmp_path, 7, flops)
     assert history.axes == ("samples",)
     page = report_plots.curves([history])
-    assert "radio" not in page and "FLOPs" not in page and page.count("<svg") == 2
+    assert "radio" not in page and "FLOPs" not in page and page.count('<svg class="plot"') == 2
 
 
 def test_whatever_else_was_logged_has_a_panel(tmp_path):
@@ -54,8 +60,7 @@ def test_whatever_else_was_logged_has_a_panel(tmp_path):
     recalls = {f"image_to_text_recall_at_{k}": k / 10 for k in (1, 5)}
     metrics += line(1, "inference_eval/r", num_examples=9, **recalls, **{"<b>x": 3.5})
     page = report_plots.curves([run_history.load(write(tmp_path, metrics))])
-    captions = re.findall("<figcaption><strong>(.*?)</strong> (.*?)</figcaption>", page)
-    assert captions == [
+    assert captions(page) == [
         ("Loss", "last: 2"),
         ("Recall, image to text", "last: r R@1 10.0%, r R@5 50.0%"),
         ("Waiting for data", "last: 10.0%"),
@@ -77,11 +82,25 @@ def test_runs_share_panels_in_colours_of_their_own(tmp_path):
         two_stages(tmp_path / name, *flops) for name, flops in (("A", (7, 300)), ("B", (7, None)))
     ]
     page = report_plots.curves(histories, ["A", "B"])
-    assert "radio" not in page and page.count("<svg") == 2
-    assert "last: A train 2, B train 2" in page
+    assert "radio" not in page and page.count('<svg class="plot"') == 2
+    assert ("Loss", "last: A train 2, B train 2") in captions(page)
     curves = re.findall(r"<path d=\"M[^>]*fill: none; stroke: var\(--(series-\d)", page)
-    # Loss: a line for every stage, and one in the legend; accuracy: one and one.
-    assert sorted(curves) == ["series-1"] * 5 + ["series-2"] * 5
+    # Loss: a line for every stage; accuracy: one.
+    assert sorted(curves) == ["series-1"] * 3 + ["series-2"] * 3
+    keys = re.findall(r'<path d="M0 4H24" fill="none" style="stroke: var\(--(series-\d)', page)
+    assert keys == ["series-1", "series-2"] * 2
+
+
+def test_more_curves_than_colours_take_several_panels(tmp_path):
+    metrics = "".join(line(1, f"inference_eval/e{i}", accuracy=0.5) for i in range(14))
+    page = report_plots.curves([run_history.load(write(tmp_path, line(1, samples=8) + metrics))])
+    titles, texts = zip(*captions(page), strict=True)
+    assert titles == tuple(f"Zero-shot top-1 ({i} of 3)" for i in (1, 2, 3))
+    shown = [re.findall(r"(e\d+) 50.0%", text) for text in texts]
+    assert [len(names) for names in shown] == [6, 6, 2]
+    assert sum(shown, []) == [f"e{i}" for i in range(14)]
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
 
 
 def test_long_logs_are_thinned():
