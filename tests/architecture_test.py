@@ -37,10 +37,10 @@ LONG_FUNCTIONS: set[str] = set()
 UNTESTED: set[str] = set()
 
 
-def _parse():
+def _parse(package):
     """Syntax trees by name: 'train', 'data.tasks'."""
-    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
-    names = [".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts) for path in paths]
+    paths = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT / package).with_suffix("").parts) for path in paths]
     return {
         name: ast.parse(path.read_text())
         for name, path in zip(names, paths, strict=True)
@@ -48,7 +48,8 @@ def _parse():
     }
 
 
-MODULES = _parse()
+MODULES = _parse(PACKAGE)
+LAUNCHERS = {f"launch.{name}": tree for name, tree in _parse("launch").items()}
 
 
 def _imports(nodes):
@@ -143,7 +144,7 @@ LOADING_ARRAYS = {"np.load", "numpy.load", "jnp.load", "npy_format.read_array"}
 
 
 def _calls():
-    for module, tree in MODULES.items():
+    for module, tree in (MODULES | LAUNCHERS).items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 yield module, ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
@@ -165,6 +166,10 @@ def test_arrays_are_loaded_without_pickles():
     assert loads, "no module loads arrays: names in LOADING_ARRAYS have changed"
     for module, keywords in loads:
         assert getattr(keywords.get("allow_pickle"), "value", True) is False, module
+
+
+def test_the_library_knows_no_launcher():
+    assert not _importers("launch")
 
 
 def test_only_doors_print():
@@ -214,7 +219,7 @@ def _lines(function):
 def test_functions_are_short():
     long = {
         f"{module}.{node.name}"
-        for module, tree in MODULES.items()
+        for module, tree in (MODULES | LAUNCHERS).items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and _lines(node) > MAX_FUNCTION_LINES
     }
@@ -230,7 +235,7 @@ def test_every_module_has_its_test():
 
     untested = {
         module
-        for module, tree in MODULES.items()
+        for module, tree in (MODULES | LAUNCHERS).items()
         if has_functions(tree) and not test_file(module).exists()
     }
     assert untested == UNTESTED

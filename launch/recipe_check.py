@@ -1,0 +1,24 @@
+"""Refuses a recipe that would not train, before anything is rented for it."""
+
+from clipa_t5x import gin_utils, main, schedule
+from launch import job
+
+
+def check_recipe(spec: job.JobSpec) -> None:
+    """Parses a job's recipe and builds its objects, as the trainer will; reads no data.
+
+    Raises:
+      UserError: what the trainer would refuse it for, such as a macro that nothing reads.
+    """
+    bindings = [*spec.gin_bindings, f"MODEL_DIR = {spec.model_dir!r}"]
+    paths = spec.gin_search_paths
+    if spec.verb != "schedule":
+        gin_utils.parse(spec.gin_file, bindings, paths, root=main.ROOT)
+        gin_utils.build_arguments(main.ROOT)
+        return
+    own, shared = schedule.split_bindings(bindings)
+    stages = schedule.read(spec.gin_file, own, paths)
+    for number, stage in enumerate(stages.stages):
+        bound = [*stages.bindings(number), *shared]
+        gin_utils.parse([stage], bound, paths, root=main.ROOT)
+        gin_utils.build_arguments(main.ROOT)
