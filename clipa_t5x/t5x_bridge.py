@@ -1,0 +1,514 @@
+"""Upstream T5X as the engine: this package's model, optimizer, data and evaluators as T5X has them.
+
+`gin/t5x/engine/train.gin` binds what is here into `t5x/train.py`, so that an experiment runs on T5X
+with its files as they are. The same recipe and seed give the same parameters, batches and random
+keys as on the built-in engine. Signatures are those of T5X at commit `T5X_COMMIT`.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import re
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from flax.linen import partitioning as flax_partitioning
+from jax.experimental import multihost_utils
+
+from clipa_t5x import (
+    checkpoints,
+    evaluation,
+    microbatching,
+    models,
+    optimizers,
+    partitioning,
+    stage_handover,
+)
+from clipa_t5x import train as train_lib
+from clipa_t5x import trainer as trainer_lib
+from clipa_t5x.data import host_batches, input_pipeline
+from clipa_t5x.errors import UserError
+from clipa_t5x.evaluators import evaluator
+
+T5X_COMMIT = "cc342d419ec3e3e9c4bf1df33c82330cafdc1e16"
+
+try:
+    import clu.data.dataset_iterator
+    import clu.metrics
+    import seqio
+    import t5x.models
+    import t5x.optimizers
+    import t5x.partitioning
+    import t5x.trainer
+    import t5x.utils
+except ImportError as error:
+    raise UserError(
+        f"this engine is upstream T5X, which cannot be imported ({error}): pip install "
+        f"'git+https://github.com/google-research/t5x@{T5X_COMMIT}', or leave gin/t5x out of "
+        "--gin_search_paths for the built-in engine."
+    ) from error
+
+
+def refuse_what_t5x_has_not(**options: Any) -> None:
+    """Refuses options of a recipe that T5X's trainer would not honour.
+
+    Args:
+      **options: by macro name, whatever was set.
+
+    Raises:
+      UserError: the first that is set.
+    """
+    for name, value in options.items():
+        if value not in (None, False, 0):
+            raise UserError(
+                f"{name} is {value!r}, which T5X's engine cannot honour: leave it out, or train "
+                "with the built-in engine (python -m clipa_t5x.train)."
+            )
+
+
+def refuse_schedule(stages: Sequence[str], model_dir: str) -> None:
+    """Refuses a schedule: T5X's trainer runs one stage.
+
+    Raises:
+      UserError: always; says how its stages are run.
+    """
+    raise UserError(
+        f"T5X's train.py runs one stage, and this is a schedule of {len(stages)}: give it "
+        f"{', '.join(stages)} one after the other, each with a MODEL_DIR under {model_dir} and "
+        "INITIAL_CHECKPOINT_PATH set to that of the stage before."
+    )
+
+
+def common_period(eval_period: int | None, checkpoint_period: int | None) -> int:
+    """What T5X's `gc_period` must be for periods of which neither divides the other; else 0.
+
+    T5X trains in pieces of the shortest period and refuses others that are no multiples of it; the
+    third period, that of collecting garbage, may be the one that divides both.
+    """
+    if not eval_period or not checkpoint_period:
+        return 0
+    common = math.gcd(eval_period, checkpoint_period)
+    return 0 if common in (eval_period, checkpoint_period) else common
+
+
+class Partitioner(t5x.partitioning.PjitPartitioner):
+    """T5X's partitioner with this package's mesh (replica, data, model) and rules.
+
+    T5X's own has no mesh for chips after v4, and on CPU ignores the number of partitions.
+    """
+
+    def __init__(self, partitioner: partitioning.PjitPartitioner):
+        """Takes the mesh and the rules of `partitioner`."""
+        super().__init__(num_partitions=1, logical_axis_rules=partitioner.logical_axis_rules)
+        self.spec = partitioner
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh; see `partitioning.PjitPartitioner.mesh`."""
+        return self.spec.mesh
+
+    def get_data_layout(self, batch_size: int | None = None, host_index: int | None = None) -> Any:
+        """As T5X's.
+
+        Raises:
+          UserError: the mesh cannot split the batch evenly.
+        """
+        if batch_size is not None:
+            self.spec.check_batch_size(batch_size)
+        return super().get_data_layout(batch_size, host_index)
+
+    def get_mesh_axes(self, train_state: Any) -> Any:
+        """As T5X's.
+
+        Raises:
+          UserError: a parameter's axis has no rule, where T5X would silently replicate it, or does
+            not divide.
+        """
+        axes = flax_partitioning.get_axis_names(train_state.params_axes)
+        boxed = jax.tree.map(
+            lambda x, names: nn.LogicallyPartitioned(x, tuple(names)), train_state.params, axes
+        )
+        self.spec.param_shardings(boxed)
+        return super().get_mesh_axes(train_state)
+
+
+class ClipModel(t5x.models.BaseModel):
+    """A `models.ClipModel` with its optimizer, as T5X's trainer and inference call it."""
+
+    # Batches come as the model takes them: there is nothing to pack or to shift.
+    FEATURE_CONVERTER_CLS = seqio.PassThroughFeatureConverter
+
+    def __init__(
+        self,
+        model: models.ClipModel,
+        optimizer: optimizers.Optimizer,
+        num_microbatches: int = 1,
+        augment: trainer_lib.Augment | None = None,
+        options: Any = None,
+    ):
+        """Of a recipe's model and optimizer.
+
+        Args:
+          model: the model.
+          optimizer: the update rule; its schedule is within it.
+          num_microbatches: as for `microbatching.value_and_grad`: exact, within the loss.
+          augment: as for `trainer.train_step`.
+          options: what `refuse_what_t5x_has_not` gives.
+        """
+        del options
+        super().__init__(t5x.optimizers.OptaxWrapper(optimizer.transformation))
+        self.clip, self.optimizer = model, optimizer
+        self._num_microbatches, self._augment = num_microbatches, augment
+
+    def get_initial_variables(
+        self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Any = None
+    ) -> Mapping[str, Any]:
+        """Fresh 'params', and their axes' names as T5X wants them: 'params_axes', '<name>_axes'."""
+        known = {"images": jnp.uint8, "text": jnp.int32, "augment_keys": jnp.uint32}
+        types = {name: (input_types or known).get(name, jnp.float32) for name in input_shapes}
+        batch = {k: jnp.zeros((1, *shape[1:]), types[k]) for k, shape in input_shapes.items()}
+        boxed = models.init_params(self.clip, rng, batch)
+        axes = flax.traverse_util.flatten_dict(nn.get_partition_spec(boxed))
+        params = flax.traverse_util.flatten_dict(nn.unbox(boxed))
+        named = {
+            (*path[:-1], f"{path[-1]}_axes"): flax_partitioning.AxisMetadata(
+                tuple(axes[path]) + (None,) * (leaf.ndim - len(axes[path]))
+            )
+            for path, leaf in params.items()
+        }
+        unflatten = flax.traverse_util.unflatten_dict
+        return {"params": unflatten(params), "params_axes": unflatten(named)}
+
+    def loss_fn(self, params: Any, batch: models.Batch, dropout_rng: jax.Array) -> Any:
+        """(loss of a training step, clu metrics), differentiable with respect to `params`."""
+        if self._augment is not None:
+            images = self._augment(batch["images"], batch["augment_keys"])
+            batch = {**batch, "images": images}
+        if self._num_microbatches == 1:
+            loss, metrics = models.training_loss(self.clip, params, batch, dropout_rng)
+        else:
+            parts = self._num_microbatches
+            loss, metrics = _in_microbatches(self.clip, parts, batch, dropout_rng)(params)
+        return loss, _averages(metrics, jnp.ones(()))
+
+    def eval_fn(self, params: Any, batch: models.Batch) -> Any:
+        """(loss, clu metrics) of a batch without masking, weighted by its examples."""
+        loss, metrics = self.clip.apply({"params": params}, batch, train=False)  # pyright: ignore
+        return loss, _averages(metrics, batch["weights"].sum())
+
+    def predict_batch(self, params: Any, batch: models.Batch, rng: Any = None) -> Any:
+        """Unit embeddings, float32 [batch, joint], of 'images', or where there are none of 'text'.
+
+        Of both it is a dictionary.
+        """
+        del rng
+        methods = {"images": models.ClipModel.embed_images, "text": models.ClipModel.embed_text}
+        found = {
+            name: self.clip.apply({"params": params}, batch[name], method=method)  # pyright: ignore
+            for name, method in methods.items()
+            if name in batch
+        }
+        return found if len(found) == 2 else next(iter(found.values()))
+
+    def predict_batch_with_aux(self, params: Any, batch: models.Batch, rng: Any = None) -> Any:
+        """(`predict_batch`, nothing else)."""
+        return self.predict_batch(params, batch, rng), {}
+
+    def score_batch(
+        self, params: Any, batch: models.Batch, return_intermediates: bool = False
+    ) -> Any:
+        """Cosine similarity of each image with its text, float32 [batch]."""
+        images, text = self.clip.apply({"params": params}, batch, method="embed")  # pyright: ignore
+        scores = jnp.sum(images * text, axis=-1)
+        return (scores, {}) if return_intermediates else scores
+
+
+def _in_microbatches(model: models.ClipModel, parts: int, batch: models.Batch, rng: jax.Array):
+    """From params to (loss, metrics), whose gradient comes of `microbatching.value_and_grad`.
+
+    T5X's own microbatches would contrast each part with itself alone.
+    """
+
+    @jax.custom_vjp
+    def loss_of(params: Any) -> Any:
+        return microbatching.value_and_grad(model, params, batch, rng, parts)[0]
+
+    def forward(params: Any) -> Any:
+        return microbatching.value_and_grad(model, params, batch, rng, parts)
+
+    def backward(grads: Any, cotangents: Any) -> Any:
+        return (jax.tree.map(lambda grad: grad * cotangents[0], grads),)
+
+    loss_of.defvjp(forward, backward)
+    return loss_of
+
+
+def _averages(metrics: Mapping[str, jax.Array], weight: jax.Array) -> dict[str, Any]:
+    """Scalars as clu metrics, which merge to means by `weight`."""
+    weight = weight.astype(jnp.float32)
+    average = clu.metrics.Average
+    return {name: average(total=value * weight, count=weight) for name, value in metrics.items()}
+
+
+class TrainStateInitializer(t5x.utils.TrainStateInitializer):
+    """Begins as the built-in engine does: from the recipe's seed, or from an earlier stage."""
+
+    def __init__(
+        self, *args: Any, random_seed: int, path: str | None, resized: Sequence[str], **kwargs: Any
+    ):
+        """As T5X's, and then.
+
+        Args:
+          *args: as for T5X's.
+          random_seed: of the parameters.
+          path: INITIAL_CHECKPOINT_PATH; see `checkpoints.RestoreCheckpointConfig`.
+          resized: see there.
+          **kwargs: as for T5X's.
+        """
+        super().__init__(*args, **kwargs)
+        self._seed, self._path, self._resized = random_seed, path, resized
+        self._clip = kwargs["init_fn"].__self__.clip
+
+    def from_scratch(self, init_rng: Any) -> Any:
+        """A fresh state, at step 0; its parameters are those at `path` where there is one.
+
+        Raises:
+          UserError: nothing is there, or names or shapes differ beyond those that are resized.
+        """
+        del init_rng  # T5X's makes other parameters of the same seed.
+        key, _ = jax.random.split(jax.random.key(self._seed))
+        state = super().from_scratch(jax.random.key_data(key))
+        if not self._path:
+            return state
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params
+        )
+        loaded = stage_handover.load_params(
+            self._path, flax.core.unfreeze(abstract), self._resized, self._clip
+        )
+        stage_handover.log_notes(self._path, loaded.notes)
+        return state.replace_params(flax.core.freeze(loaded.params))
+
+
+class Trainer(t5x.trainer.Trainer):
+    """T5X's trainer, which is asked to stop by SIGTERM, and runs this package's evaluators.
+
+    A state that does not fit the model is refused: T5X restores shapes and dtypes unchecked.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ClipModel,
+        train_state: Any,
+        partitioner: Partitioner,
+        evaluators: Mapping[str, evaluator.Evaluator],
+        random_seed: int,
+        dataset_cfg: input_pipeline.DatasetConfig,
+        total_steps: int,
+        num_microbatches: int | None = None,
+        **kwargs: Any,
+    ):
+        """As T5X's, and then.
+
+        Args:
+          model: the model.
+          train_state: fresh or restored.
+          partitioner: mesh and rules.
+          evaluators: by name, run after each of T5X's training evaluations.
+          random_seed: of the keys of the steps.
+          dataset_cfg: of the training data.
+          total_steps: of the run.
+          num_microbatches: T5X's own, which a contrastive loss does not survive: None or 1.
+          **kwargs: the other arguments of T5X's.
+
+        Raises:
+          UserError: there are T5X's own microbatches; the state is not of this model; or the
+            evaluators' or the training's data are not there.
+        """
+        if num_microbatches not in (None, 1):
+            raise UserError(
+                f"trainer.Trainer.num_microbatches is {num_microbatches}: T5X's microbatches "
+                "contrast each part of the batch with itself alone. Set NUM_MICROBATCHES instead."
+            )
+        schedule = model.optimizer.learning_rate_fn
+        super().__init__(
+            model=model, train_state=train_state, partitioner=partitioner,
+            learning_rate_fn=schedule, num_microbatches=None, **kwargs,
+        )  # fmt: skip
+        self._bound = trainer_lib.Trainer(
+            model=model.clip, optimizer=model.optimizer, partitioner=partitioner.spec,
+            batch_spec=dataset_cfg.batch_spec(),
+        )  # fmt: skip
+        _check_state(train_state, self._bound.abstract_state)
+        train_lib.check_data(model.clip, dataset_cfg, None, evaluators)
+        self._evaluators, self._total_steps = evaluators, total_steps
+        self._model_dir = kwargs["summary_dir"]
+        _, self._train_rng = jax.random.split(jax.random.key(random_seed))
+        self._asked_to_stop = False
+        with contextlib.suppress(ValueError):  # Not in the main thread, as within a notebook.
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        del number, frame
+        self._asked_to_stop = True
+
+    def _get_step_rng(self, step: int) -> jax.Array:
+        """The built-in engine's key of the coming step."""
+        return jax.random.fold_in(self._train_rng, step)
+
+    def compile_train(self, batch: Any) -> None:
+        """As T5X's; the state is kept after every step, for T5X to save when asked to stop."""
+        super().compile_train(batch)
+        compiled: Any = self._compiled_train_step
+
+        def train_step(state: Any, batch: Any) -> Any:
+            self.train_state, metrics = compiled(state, batch)
+            return self.train_state, metrics
+
+        self._compiled_train_step = train_step
+
+    def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
+        """As T5X's, but for a request to stop.
+
+        Raises:
+          t5x.trainer.PreemptionError: the run was asked to stop, by SIGTERM to any process.
+        """
+        first = int(self.train_state.step if start_step is None else start_step)
+        return super().train(self._until_asked_to_stop(batch_iter, first), num_steps, first)
+
+    def _until_asked_to_stop(self, batch_iter: Any, first: int) -> Iterator[Any]:
+        for step in itertools.count(first):
+            if self._stops_before(step):
+                raise t5x.trainer.PreemptionError(f"SIGTERM: stopped after step {step}.")
+            yield next(batch_iter)
+
+    def _stops_before(self, step: int) -> bool:
+        """Whether all processes stop here; they all ask at the same steps."""
+        if jax.process_count() == 1:
+            return self._asked_to_stop
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def eval(self, batch_iters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """T5X's training evaluation, then every evaluator; values by task and by evaluator."""
+        found = dict(super().eval(batch_iters))
+        step = int(self.train_state.step)
+        params = flax.core.unfreeze(self.train_state.params)
+        layout = input_pipeline.BatchLayout(self._partitioner.spec.batch_sharding())
+        embed = evaluation.embed_functions(self._bound, layout)
+        output_dir = self._model_dir if step >= self._total_steps else None
+        for name, item in self._evaluators.items():
+            found[name] = item.evaluate(params, embed, output_dir)
+            for key, value in found[name].items():
+                self.train_metrics_manager.write_scalar(f"{name}/{key}", value, step)
+            logging.info("Evaluation %s after step %d: %s", name, step, dict(found[name]))
+        return found
+
+
+def _check_state(state: Any, abstract: Any) -> None:
+    """Refuses a restored state whose arrays are not the model's.
+
+    Raises:
+      UserError: the first differing shape, or a count that is no integer any more.
+    """
+    found = checkpoints.flatten(flax.core.unfreeze(state.params))
+    checkpoints.check_same_parameters(
+        found, checkpoints.flatten(abstract.params), "T5X's checkpoint in MODEL_DIR",
+        "Use another MODEL_DIR, or the recipe that made it.",
+    )  # fmt: skip
+    counts = [state.step, *jax.tree.leaves(state.param_states)]
+    wanted = [abstract.step, *jax.tree.leaves(abstract.opt_state)]
+    for has, needs in zip(counts, wanted, strict=True):
+        if (has.shape, has.dtype) != (needs.shape, needs.dtype):
+            raise UserError(
+                f"T5X's checkpoint in MODEL_DIR has {has.dtype} {has.shape} where the optimizer "
+                f"or the step has {needs.dtype} {needs.shape}: bind SaveCheckpointConfig.dtype = "
+                "None, which T5X otherwise casts counts by, or use another MODEL_DIR."
+            )
+
+
+class TrainData(clu.data.dataset_iterator.DatasetIterator):
+    """This process's rows of endless training batches, from a step on.
+
+    The position is the step of T5X's newest checkpoint: nothing else is saved, and another number
+    of processes goes on with the same batches.
+    """
+
+    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: np.ndarray, first_step: int):
+        """Rows (int64, sorted) of the global batches from that of step `first_step` on."""
+        self._spec = {
+            name: clu.data.dataset_iterator.ArraySpec(each.dtype, (len(rows), *each.shape[1:]))
+            for name, each in cfg.batch_spec().items()
+        }
+        self._batches = host_batches.train(cfg, rows, first_step * cfg.batch_size)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        return {name: batch[name] for name in self._spec}
+
+    @property
+    def element_spec(self) -> Any:
+        """Shapes and dtypes of this process's part of a batch."""
+        return self._spec
+
+
+def train_data(
+    cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int, converter: Any = None, *,
+    model_dir: str,
+) -> TrainData:  # fmt: skip
+    """T5X's `get_dataset_fn`: begins at the step of the newest checkpoint in `model_dir`."""
+    del converter
+    return TrainData(cfg, _rows(cfg, shard_id, num_shards), newest_step(model_dir))
+
+
+def _rows(cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int) -> np.ndarray:
+    size = cfg.batch_size // num_shards
+    return np.arange(shard_id * size, (shard_id + 1) * size)
+
+
+def newest_step(model_dir: str) -> int:
+    """Of T5X's checkpoints; 0 where there is none."""
+    folder = epath.Path(model_dir)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = (re.fullmatch(r"checkpoint_(\d+)", name) for name in names)
+    return max((int(found[1]) for found in steps if found), default=0)
+
+
+class EvaluationData:
+    """This process's rows of one pass over an evaluation's data; may be iterated again."""
+
+    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: np.ndarray):
+        """Rows (int64, sorted) of the global batches."""
+        self._cfg, self._rows = cfg, rows
+
+    @property
+    def element_spec(self) -> Any:
+        """Shapes and dtypes of this process's part of a batch."""
+        spec = {k: v for k, v in self._cfg.batch_spec().items() if k != "augment_keys"}
+        spec["weights"] = jax.ShapeDtypeStruct((self._cfg.batch_size,), np.float32)
+        array_spec = clu.data.dataset_iterator.ArraySpec
+        size = len(self._rows)
+        return {k: array_spec(v.dtype, (size, *v.shape[1:])) for k, v in spec.items()}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for batch in input_pipeline.host_eval_batches(self._cfg, self._rows):
+            yield {name: batch[name] for name in self.element_spec}
+
+
+def evaluation_data(
+    cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int, eval_steps: int,
+    converter: Any = None,
+) -> dict[str, EvaluationData]:  # fmt: skip
+    """T5X's `train_eval_get_dataset_fn`: EVAL_EXAMPLES says how many, not `eval_steps`."""
+    del eval_steps, converter
+    cfg.check()
+    return {cfg.mixture_or_task_name: EvaluationData(cfg, _rows(cfg, shard_id, num_shards))}
