@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import array_files, open_clip_options, t5x_checkpoints
+from clipa_t5x.weights import array_files, open_clip_options, t5x_checkpoints, t5x_orbax
 from clipa_t5x.weights.stored_arrays import StoredArrays
 
 # What a folder of Hugging Face's has, in the order of preference; the last may be a pickle, and is
@@ -30,6 +30,7 @@ def is_source(path: str) -> bool:
         or weights_file(path) is not None
         or (epath.Path(path) / open_clip_options.CONFIG_FILE).exists()
         or t5x_checkpoints.is_checkpoint(path)
+        or t5x_orbax.find(path) is not None
     )
 
 
@@ -56,7 +57,7 @@ def open_source(path: str) -> Iterator[StoredArrays]:
     Args:
       path: a `.npz` or `.safetensors` file, whatever its name; 'file:sub/tree' for what is under
         'sub/tree/' in it; a folder with `open_clip_config.json` and `open_clip_model.safetensors`;
-        a T5X checkpoint's folder. Local, or a URL.
+        a T5X checkpoint's folder, old or new, or a new one's MODEL_DIR. Local, or a URL.
 
     Yields:
       Arrays by name.
@@ -75,6 +76,8 @@ def open_source(path: str) -> Iterator[StoredArrays]:
             yield stack.enter_context(array_files.open_arrays(file))
         elif t5x_checkpoints.is_checkpoint(path):
             yield stack.enter_context(t5x_checkpoints.open_checkpoint(path))
+        elif t5x_orbax.find(path):
+            yield stack.enter_context(t5x_orbax.open_checkpoint(path))
         else:
             raise UserError(
                 f"there are no weights at {path}: give a .npz or .safetensors file, a folder with "
