@@ -96,6 +96,18 @@ def user_error(where: Where | str, fact: str) -> errors.UserError:
     return errors.UserError(" ".join(text.split()))
 
 
+def references(value: Any) -> Iterator[config.ConfigurableReference]:
+    """Yields the references at any depth of `value`, dictionary keys included."""
+    if isinstance(value, config.ConfigurableReference):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.items():
+            yield from references(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from references(item)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean X?` for the known name nearest to `name`, or nothing."""
     candidates = sorted(set(known) - {name})

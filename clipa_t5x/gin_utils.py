@@ -234,24 +234,12 @@ def _in_force() -> _Parsed:
     return _parsed
 
 
-def _references(value: Any) -> Iterator[config.ConfigurableReference]:
-    """Yields the references at any depth of `value`, dictionary keys included."""
-    if isinstance(value, config.ConfigurableReference):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.items():
-            yield from _references(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _references(item)
-
-
 def _macro_names(bindings: Iterable[Binding]) -> set[str]:
     """Returns the macros that the values read."""
     return {
         scope
         for binding in bindings
-        for scope, selector in (ref.config_key for ref in _references(binding.value))
+        for scope, selector in (ref.config_key for ref in gin_statements.references(binding.value))
         if selector == MACRO
     }
 
@@ -271,7 +259,7 @@ def _reach(entries: Sequence[_Call], lookup: _Lookup) -> dict[_Call, list[Bindin
             continue
         calls[call] = list(lookup(scope, selector))
         for binding in calls[call]:
-            for reference in _references(binding.value):
+            for reference in gin_statements.references(binding.value):
                 inner, called = reference.config_key
                 inner = inner or scope
                 to_visit.append((inner, called))
@@ -358,7 +346,7 @@ def _mentioned(binding: Binding, others: Iterable[Binding]) -> bool:
         selector == binding.selector and (selector != MACRO or scope == binding.scope)
         for other in others
         if other is not binding
-        for scope, selector in (ref.config_key for ref in _references(other.value))
+        for scope, selector in (ref.config_key for ref in gin_statements.references(other.value))
     )
 
 
@@ -385,7 +373,7 @@ def _explain_dead(binding: Binding, calls: Iterable[_Call], parsed: _Parsed) -> 
 def _refuse_missing_values(parsed: _Parsed) -> None:
     missing = []
     for binding in parsed.final.values():
-        constants = (ref for ref in _references(binding.value) if ref.evaluate)
+        constants = (ref for ref in gin_statements.references(binding.value) if ref.evaluate)
         if any(ref.config_key == ("gin.REQUIRED", CONSTANT) for ref in constants):
             missing.append(binding)
     if missing:

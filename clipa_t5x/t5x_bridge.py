@@ -6,10 +6,10 @@ keys as on the built-in engine. Signatures are those of T5X at commit `T5X_COMMI
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
-import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from clipa_t5x import (
     checkpoints,
     evaluation,
+    gin_macros,
     microbatching,
     models,
     optimizers,
@@ -35,7 +36,7 @@ from clipa_t5x import (
 )
 from clipa_t5x import train as train_lib
 from clipa_t5x import trainer as trainer_lib
-from clipa_t5x.data import host_batches, input_pipeline
+from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
 
@@ -45,6 +46,7 @@ try:
     import clu.data.dataset_iterator
     import clu.metrics
     import seqio
+    import t5x.checkpoints
     import t5x.models
     import t5x.optimizers
     import t5x.partitioning
@@ -59,14 +61,15 @@ except ImportError as error:
 
 
 def refuse_what_t5x_has_not(**options: Any) -> None:
-    """Refuses options of a recipe that T5X's trainer would not honour.
+    """Refuses options of a recipe that T5X's trainer would not honour, and misspelt ones.
 
     Args:
       **options: by macro name, whatever was set.
 
     Raises:
-      UserError: the first that is set.
+      UserError: the first that is set; or a macro that nothing reads.
     """
+    gin_macros.refuse_unread()
     for name, value in options.items():
         if value not in (None, False, 0):
             raise UserError(
@@ -107,7 +110,6 @@ class Partitioner(t5x.partitioning.PjitPartitioner):
     """
 
     def __init__(self, partitioner: partitioning.PjitPartitioner):
-        """Takes the mesh and the rules of `partitioner`."""
         super().__init__(num_partitions=1, logical_axis_rules=partitioner.logical_axis_rules)
         self.spec = partitioner
 
@@ -155,14 +157,9 @@ class ClipModel(t5x.models.BaseModel):
         augment: trainer_lib.Augment | None = None,
         options: Any = None,
     ):
-        """Of a recipe's model and optimizer.
+        """Of a recipe's model and optimizer; the rest is as for `trainer.Trainer`.
 
-        Args:
-          model: the model.
-          optimizer: the update rule; its schedule is within it.
-          num_microbatches: as for `microbatching.value_and_grad`: exact, within the loss.
-          augment: as for `trainer.train_step`.
-          options: what `refuse_what_t5x_has_not` gives.
+        `options` is what `refuse_what_t5x_has_not` gives.
         """
         del options
         super().__init__(t5x.optimizers.OptaxWrapper(optimizer.transformation))
@@ -265,14 +262,9 @@ class TrainStateInitializer(t5x.utils.TrainStateInitializer):
     def __init__(
         self, *args: Any, random_seed: int, path: str | None, resized: Sequence[str], **kwargs: Any
     ):
-        """As T5X's, and then.
+        """As T5X's; `random_seed` makes parameters, or `path` (INITIAL_CHECKPOINT_PATH) has them.
 
-        Args:
-          *args: as for T5X's.
-          random_seed: of the parameters.
-          path: INITIAL_CHECKPOINT_PATH; see `checkpoints.RestoreCheckpointConfig`.
-          resized: see there.
-          **kwargs: as for T5X's.
+        See `checkpoints.RestoreCheckpointConfig` for `path` and `resized`.
         """
         super().__init__(*args, **kwargs)
         self._seed, self._path, self._resized = random_seed, path, resized
@@ -318,22 +310,13 @@ class Trainer(t5x.trainer.Trainer):
         num_microbatches: int | None = None,
         **kwargs: Any,
     ):
-        """As T5X's, and then.
+        """As T5X's; `random_seed` is of the steps' keys, `dataset_cfg` of the training data.
 
-        Args:
-          model: the model.
-          train_state: fresh or restored.
-          partitioner: mesh and rules.
-          evaluators: by name, run after each of T5X's training evaluations.
-          random_seed: of the keys of the steps.
-          dataset_cfg: of the training data.
-          total_steps: of the run.
-          num_microbatches: T5X's own, which a contrastive loss does not survive: None or 1.
-          **kwargs: the other arguments of T5X's.
+        Evaluators run after each of T5X's training evaluations; see `train.train` for the rest.
 
         Raises:
-          UserError: there are T5X's own microbatches; the state is not of this model; or the
-            evaluators' or the training's data are not there.
+          UserError: T5X's own microbatches are asked for; the state is not of this model; or data
+            are not there.
         """
         if num_microbatches not in (None, 1):
             raise UserError(
@@ -353,6 +336,10 @@ class Trainer(t5x.trainer.Trainer):
         train_lib.check_data(model.clip, dataset_cfg, None, evaluators)
         self._evaluators, self._total_steps = evaluators, total_steps
         self._model_dir = kwargs["summary_dir"]
+        self._writers = {
+            name: t5x.trainer.MetricsManager(f"inference_eval/{name}", self._model_dir)
+            for name in evaluators
+        }
         _, self._train_rng = jax.random.split(jax.random.key(random_seed))
         self._asked_to_stop = False
         with contextlib.suppress(ValueError):  # Not in the main thread, as within a notebook.
@@ -394,9 +381,10 @@ class Trainer(t5x.trainer.Trainer):
 
     def _stops_before(self, step: int) -> bool:
         """Whether all processes stop here; they all ask at the same steps."""
-        if jax.process_count() == 1:
-            return self._asked_to_stop
-        return multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() > 1:
+            self._asked_to_stop |= multihost_utils.reached_preemption_sync_point(step)
+        # T5X would save again what it has saved just now, and fail.
+        return self._asked_to_stop and newest_step(self._model_dir) != step
 
     def eval(self, batch_iters: Mapping[str, Any]) -> Mapping[str, Any]:
         """T5X's training evaluation, then every evaluator; values by task and by evaluator."""
@@ -409,9 +397,15 @@ class Trainer(t5x.trainer.Trainer):
         for name, item in self._evaluators.items():
             found[name] = item.evaluate(params, embed, output_dir)
             for key, value in found[name].items():
-                self.train_metrics_manager.write_scalar(f"{name}/{key}", value, step)
+                self._writers[name].write_scalar(key, value, step)
             logging.info("Evaluation %s after step %d: %s", name, step, dict(found[name]))
         return found
+
+    def close(self) -> None:
+        """As T5X's."""
+        super().close()
+        for writer in self._writers.values():
+            writer.close()
 
 
 def _check_state(state: Any, abstract: Any) -> None:
@@ -436,29 +430,53 @@ def _check_state(state: Any, abstract: Any) -> None:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class _HostRows:
+    """In an `input_pipeline.BatchLayout`'s place: T5X itself puts rows on devices.
+
+    Attributes:
+      rows: of the global batch, int64 [n], that this process prepares.
+    """
+
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int) -> "_HostRows":
+        size = cfg.batch_size // num_shards
+        return cls(np.arange(shard_id * size, (shard_id + 1) * size))
+
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        del batch_size
+        return self.rows
+
+    def to_global(self, host_batch: Any, batch_size: int) -> Any:
+        del batch_size
+        return host_batch
+
+    def spec(self, global_spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Shapes and dtypes of these rows alone."""
+        array_spec = clu.data.dataset_iterator.ArraySpec
+        size = len(self.rows)
+        return {k: array_spec(v.dtype, (size, *v.shape[1:])) for k, v in global_spec.items()}
+
+
 class TrainData(clu.data.dataset_iterator.DatasetIterator):
-    """This process's rows of endless training batches, from a step on.
+    """This process's rows of endless training batches, from a step on; prepared ahead.
 
     The position is the step of T5X's newest checkpoint: nothing else is saved, and another number
     of processes goes on with the same batches.
     """
 
-    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: np.ndarray, first_step: int):
-        """Rows (int64, sorted) of the global batches from that of step `first_step` on."""
-        self._spec = {
-            name: clu.data.dataset_iterator.ArraySpec(each.dtype, (len(rows), *each.shape[1:]))
-            for name, each in cfg.batch_spec().items()
-        }
-        self._batches = host_batches.train(cfg, rows, first_step * cfg.batch_size)
+    element_spec: Any = None  # Shapes and dtypes of what is given, of each of these.
+
+    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: _HostRows, first_step: int):
+        self.element_spec = rows.spec(cfg.batch_spec())
+        first_sample = first_step * cfg.batch_size
+        self._batches = input_pipeline.TrainIterator(cfg, rows, first_sample)  # pyright: ignore
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._batches)
-        return {name: batch[name] for name in self._spec}
-
-    @property
-    def element_spec(self) -> Any:
-        """Shapes and dtypes of this process's part of a batch."""
-        return self._spec
+        return {name: batch[name] for name in self.element_spec}
 
 
 def train_data(
@@ -467,40 +485,27 @@ def train_data(
 ) -> TrainData:  # fmt: skip
     """T5X's `get_dataset_fn`: begins at the step of the newest checkpoint in `model_dir`."""
     del converter
-    return TrainData(cfg, _rows(cfg, shard_id, num_shards), newest_step(model_dir))
-
-
-def _rows(cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int) -> np.ndarray:
-    size = cfg.batch_size // num_shards
-    return np.arange(shard_id * size, (shard_id + 1) * size)
+    cfg.check()
+    return TrainData(cfg, _HostRows.of(cfg, shard_id, num_shards), newest_step(model_dir))
 
 
 def newest_step(model_dir: str) -> int:
     """Of T5X's checkpoints; 0 where there is none."""
-    folder = epath.Path(model_dir)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    steps = (re.fullmatch(r"checkpoint_(\d+)", name) for name in names)
-    return max((int(found[1]) for found in steps if found), default=0)
+    steps = t5x.checkpoints.all_steps(model_dir) if epath.Path(model_dir).is_dir() else []
+    return max(steps, default=0)
 
 
 class EvaluationData:
     """This process's rows of one pass over an evaluation's data; may be iterated again."""
 
-    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: np.ndarray):
-        """Rows (int64, sorted) of the global batches."""
+    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: _HostRows):
+        spec = {k: v for k, v in cfg.batch_spec().items() if k != "augment_keys"}
+        spec["weights"] = jax.ShapeDtypeStruct((cfg.batch_size,), np.float32)
+        self.element_spec = rows.spec(spec)
         self._cfg, self._rows = cfg, rows
 
-    @property
-    def element_spec(self) -> Any:
-        """Shapes and dtypes of this process's part of a batch."""
-        spec = {k: v for k, v in self._cfg.batch_spec().items() if k != "augment_keys"}
-        spec["weights"] = jax.ShapeDtypeStruct((self._cfg.batch_size,), np.float32)
-        array_spec = clu.data.dataset_iterator.ArraySpec
-        size = len(self._rows)
-        return {k: array_spec(v.dtype, (size, *v.shape[1:])) for k, v in spec.items()}
-
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for batch in input_pipeline.host_eval_batches(self._cfg, self._rows):
+        for batch, _ in input_pipeline.eval_batches(self._cfg, self._rows):  # pyright: ignore
             yield {name: batch[name] for name in self.element_spec}
 
 
@@ -511,4 +516,5 @@ def evaluation_data(
     """T5X's `train_eval_get_dataset_fn`: EVAL_EXAMPLES says how many, not `eval_steps`."""
     del eval_steps, converter
     cfg.check()
-    return {cfg.mixture_or_task_name: EvaluationData(cfg, _rows(cfg, shard_id, num_shards))}
+    rows = _HostRows.of(cfg, shard_id, num_shards)
+    return {cfg.mixture_or_task_name: EvaluationData(cfg, rows)}

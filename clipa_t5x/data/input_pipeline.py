@@ -305,16 +305,12 @@ def eval_batches(
       (host batch of this process's rows, global device batch); 'weights' is float32 [batch_size],
       0 for padding and for bad records.
     """
-    for host_batch in host_eval_batches(cfg, layout.local_rows(cfg.batch_size)):
-        yield host_batch, layout.to_global(host_batch, cfg.batch_size)
-
-
-def host_eval_batches(cfg: DatasetConfig, rows: np.ndarray) -> Iterator[HostBatch]:
-    """What `eval_batches` makes of some rows (int64 [n]) of the global batches, on the host."""
     count = num_examples(cfg)
+    rows = layout.local_rows(cfg.batch_size)
     for step, batch in enumerate(host_batches.evaluation(cfg, rows, count)):
         valid = (step * cfg.batch_size + rows < count) & batch["valid"]
-        yield {**batch, "weights": valid.astype(np.float32)}
+        host_batch = {**batch, "weights": valid.astype(np.float32)}
+        yield host_batch, layout.to_global(host_batch, cfg.batch_size)
 
 
 def vocabulary_size(cfg: DatasetConfig) -> int | None:
