@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from etils import epath
 from flax.linen import partitioning as flax_partitioning
 from jax.experimental import multihost_utils
@@ -61,15 +61,13 @@ except ImportError as error:
 
 
 def refuse_what_t5x_has_not(**options: Any) -> None:
-    """Refuses options of a recipe that T5X's trainer would not honour, and misspelt ones.
-
-    Args:
-      **options: by macro name, whatever was set.
+    """Refuses options, by macro name, that T5X's trainer would not honour, and misspelt ones.
 
     Raises:
-      UserError: the first that is set; or a macro that nothing reads.
+      UserError: the first that is set; or one of the command line that nothing reads.
     """
-    gin_macros.refuse_unread()
+    if flags.FLAGS.is_parsed() and "gin_bindings" in flags.FLAGS:
+        gin_macros.refuse_unread(flags.FLAGS.gin_bindings)
     for name, value in options.items():
         if value not in (None, False, 0):
             raise UserError(
@@ -79,11 +77,7 @@ def refuse_what_t5x_has_not(**options: Any) -> None:
 
 
 def refuse_schedule(stages: Sequence[str], model_dir: str) -> None:
-    """Refuses a schedule: T5X's trainer runs one stage.
-
-    Raises:
-      UserError: always; says how its stages are run.
-    """
+    """Raises a `UserError` that says how a schedule's stages are run."""
     raise UserError(
         f"T5X's train.py runs one stage, and this is a schedule of {len(stages)}: give it "
         f"{', '.join(stages)} one after the other, each with a MODEL_DIR under {model_dir} and "
@@ -119,11 +113,7 @@ class Partitioner(t5x.partitioning.PjitPartitioner):
         return self.spec.mesh
 
     def get_data_layout(self, batch_size: int | None = None, host_index: int | None = None) -> Any:
-        """As T5X's.
-
-        Raises:
-          UserError: the mesh cannot split the batch evenly.
-        """
+        """As T5X's; a `UserError` where the mesh cannot split the batch evenly."""
         if batch_size is not None:
             self.spec.check_batch_size(batch_size)
         return super().get_data_layout(batch_size, host_index)
@@ -365,11 +355,7 @@ class Trainer(t5x.trainer.Trainer):
         self._compiled_train_step = train_step
 
     def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
-        """As T5X's, but for a request to stop.
-
-        Raises:
-          t5x.trainer.PreemptionError: the run was asked to stop, by SIGTERM to any process.
-        """
+        """As T5X's; raises its `PreemptionError`, on which it saves, after any SIGTERM."""
         first = int(self.train_state.step if start_step is None else start_step)
         return super().train(self._until_asked_to_stop(batch_iter, first), num_steps, first)
 
@@ -409,11 +395,7 @@ class Trainer(t5x.trainer.Trainer):
 
 
 def _check_state(state: Any, abstract: Any) -> None:
-    """Refuses a restored state whose arrays are not the model's.
-
-    Raises:
-      UserError: the first differing shape, or a count that is no integer any more.
-    """
+    """Refuses a restored state whose parameters or counts are not the model's."""
     found = checkpoints.flatten(flax.core.unfreeze(state.params))
     checkpoints.check_same_parameters(
         found, checkpoints.flatten(abstract.params), "T5X's checkpoint in MODEL_DIR",
@@ -432,11 +414,7 @@ def _check_state(state: Any, abstract: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _HostRows:
-    """In an `input_pipeline.BatchLayout`'s place: T5X itself puts rows on devices.
-
-    Attributes:
-      rows: of the global batch, int64 [n], that this process prepares.
-    """
+    """In an `input_pipeline.BatchLayout`'s place: rows that T5X itself puts on devices."""
 
     rows: np.ndarray
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"models", "optimizers", "data", "weights", "train_state", "flops"} | {"bad_numbers"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"train_loop", "evaluation", "evaluation_watch", "supervision"}
-    | {"gin_utils", "gin_statements", "run_history", "run_summary", "report_plots"}
+    | {"gin_utils", "gin_statements", "gin_macros", "run_history", "run_summary", "report_plots"}
     | {"run_tables", "report_page"}
     | {"published", "costs", "accuracy_curves", "plan_plot", "plan_tables"}
     | {"step_cost", "cost_report"}
@@ -27,7 +27,7 @@ LAYERS = [
     | {"checkpoint_writer", "stage_handover"}
     | {"goodput", "goodput_plot", "lease", "recipe_changes"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
-    | {"export", "precompile", "import_weights", "plan", "compare"},
+    | {"export", "precompile", "import_weights", "plan", "compare", "t5x_bridge"},
 ]
 DOORS = LAYERS[-1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
@@ -112,7 +112,7 @@ def _importers(library):
 
 
 def test_only_doors_know_gin_and_flags():
-    assert _importers("gin") <= DOORS | {"gin_utils", "gin_statements"}
+    assert _importers("gin") <= DOORS | {"gin_utils", "gin_statements", "gin_macros"}
     assert _importers("absl.flags") <= DOORS
     assert {m for m, t in MODULES.items() if "gin_utils" in _own_imports(ast.walk(t))} <= DOORS
 
@@ -120,6 +120,10 @@ def test_only_doors_know_gin_and_flags():
 def test_tensorflow_is_for_data_only():
     importers = _importers("tensorflow") | _importers("tensorflow_text")
     assert not [module for module in importers if not module.startswith("data.")]
+
+
+def test_only_the_bridge_knows_t5x():
+    assert _importers("t5x") == {"t5x_bridge"}
 
 
 def test_nothing_unpickles():

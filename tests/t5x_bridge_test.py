@@ -1,0 +1,246 @@
+"""What the bridge promises, by T5X's signatures alone; tests/t5x_conformance_test.py runs it."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+
+import experiments
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import t5x_stubs
+from saved_runs import one_line_error
+
+from clipa_t5x import gin_utils, microbatching, optimizers, partitioning
+from clipa_t5x.data import input_pipeline
+
+GIN = experiments.GIN
+IS_INSTALLED = importlib.util.find_spec("t5x") is not None
+BATCH = {
+    "images": np.full((8, 16, 16, 3), 7, np.uint8),
+    "text": np.arange(64, dtype=np.int32).reshape(8, 8),
+    "augment_keys": np.zeros((8, 2), np.uint32),
+}
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    """The module, upon stubs of T5X."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in t5x_stubs.modules().items():
+            patch.setitem(sys.modules, name, module)
+        patch.delitem(sys.modules, "clipa_t5x.t5x_bridge", raising=False)
+        yield importlib.import_module("clipa_t5x.t5x_bridge")
+        sys.modules.pop("clipa_t5x.t5x_bridge", None)
+        import clipa_t5x
+
+        clipa_t5x.__dict__.pop("t5x_bridge", None)
+
+
+@pytest.fixture
+def parse(bridge, monkeypatch):
+    """Parses an experiment as T5X's train.py would, with the checks that gin leaves out."""
+    monkeypatch.setattr(sys.modules["__main__"], "train", sys.modules["t5x.train"].train, False)
+
+    def call(path, *bindings):
+        unset = ["MODEL_DIR = 'unused'"]
+        if "INITIAL_CHECKPOINT_PATH = %gin.REQUIRED" in _text(path):
+            unset.append("INITIAL_CHECKPOINT_PATH = 'unused'")
+        paths = [str(GIN / "t5x"), str(GIN)]
+        gin_utils.parse([str(path)], [*unset, *bindings], paths, root="__main__.train")
+
+    return call
+
+
+def _text(path):
+    """Of a file and all that it includes."""
+    text = path.read_text()
+    names = [line.split("'")[1] for line in text.splitlines() if line.startswith("include")]
+    return text + "".join(_text(GIN / name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["digits_stage1", "digits_stage2", "bigG14_stage1", "H14_stage3"])
+def test_every_binding_resolves(parse, name):
+    """Against T5X's signatures; of others tests/t5x_conformance_test.py parses all."""
+    parse(GIN / f"{name}.gin")
+
+
+def test_schedules_are_refused(parse, bridge):
+    parse(GIN / "digits.gin")
+    call = lambda: gin_utils.build_arguments("__main__.train")  # noqa: E731
+    one_line_error(call, "one stage", "schedule of 3", "digits_stage1.gin", "INITIAL_CHECKPOINT")
+
+
+@pytest.mark.skipif(not IS_INSTALLED, reason="T5X is not installed; README says how")
+def test_signatures_are_t5x_s():
+    """Those that tests here rely on."""
+    code = (
+        "import importlib, inspect, json, sys\n"
+        "found = {}\n"
+        "for path in json.loads(sys.argv[1]):\n"
+        "    module, *names = path.split('.')\n"
+        "    each = importlib.import_module(f't5x.{module}')\n"
+        "    for name in names: each = getattr(each, name)\n"
+        "    found[path] = ' '.join(inspect.signature(each).parameters)\n"
+        "print(json.dumps(found))\n"
+    )
+    paths = json.dumps(list(t5x_stubs.SIGNATURES))
+    done = subprocess.run([sys.executable, "-c", code, paths], capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == t5x_stubs.SIGNATURES, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        ("train_data", "utils.GetDatasetCallable.__call__"),
+        ("evaluation_data", "utils.GetEvalDatasetCallable.__call__"),
+    ],
+)
+def test_functions_take_what_t5x_gives(bridge, own, name):
+    """T5X calls them by position, without those that it has defaults for."""
+    names = t5x_stubs.SIGNATURES[name].split()[1:]
+    given = [n for n in names if n not in ("num_epochs", "continue_from_last_checkpoint")]
+    keywords = {} if own == "evaluation_data" else {"model_dir": ""}
+    bound = inspect.signature(getattr(bridge, own)).bind(*given, **keywords)
+    assert list(bound.args) == given
+
+
+@pytest.fixture
+def make(bridge, tiny_model):
+    def call(**kwargs):
+        optimizer = optimizers.Optimizer(optax.sgd(1.0), lambda step: 1.0)
+        return bridge.ClipModel(tiny_model(), optimizer, **kwargs)
+
+    return call
+
+
+def test_parameters_and_axes_have_the_same_names(make):
+    model = make()
+    shapes = {name: value.shape for name, value in BATCH.items()}
+    variables = jax.eval_shape(
+        lambda rng: model.get_initial_variables(rng, shapes), jax.random.PRNGKey(0)
+    )
+    params = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    axes = flax.traverse_util.flatten_dict(variables["params_axes"], sep="/")
+    assert {f"{name}_axes" for name in params} == axes.keys()
+    for name, leaf in params.items():
+        assert len(axes[f"{name}_axes"].names) == leaf.ndim, name
+    names = {n for each in axes.values() for n in each.names} - {None}
+    assert names <= {n for n, _ in partitioning.standard_logical_axis_rules()}
+    assert {"embed", "mlp", "heads"} <= names
+
+
+def variables_of(model):
+    shapes = {name: value.shape for name, value in BATCH.items()}
+    return model.get_initial_variables(jax.random.PRNGKey(0), shapes)
+
+
+def test_loss_and_gradient_are_the_trainers(make):
+    for parts in (1, 2):
+        model = make(num_microbatches=parts)
+        params, rng = variables_of(model)["params"], jax.random.key(1)
+        batch = jax.tree.map(jnp.asarray, BATCH)
+        loss = jax.value_and_grad(model.loss_fn, has_aux=True)
+        (value, metrics), grads = jax.jit(loss)(flax.core.freeze(params), batch, rng)
+        (wanted, _), wanted_grads = microbatching.value_and_grad(
+            model.clip, params, batch, rng, parts
+        )
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"].compute(), wanted, rtol=1e-6)
+        for some, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
+            np.testing.assert_allclose(some, other, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions(make):
+    model = make()
+    params = variables_of(model)["params"]
+    both = model.predict_batch(params, BATCH)
+    images = model.predict_batch(params, {"images": BATCH["images"]})
+    text, _ = model.predict_batch_with_aux(params, {"text": BATCH["text"]})
+    np.testing.assert_array_equal(both["images"], images)
+    np.testing.assert_array_equal(both["text"], text)
+    scores = model.score_batch(params, BATCH)
+    np.testing.assert_allclose(scores, (images * text).sum(-1), rtol=1e-5)
+
+
+def test_means_of_batches_are_by_examples(bridge):
+    some = bridge._averages({"loss": jnp.float32(2)}, jnp.float32(3))["loss"]
+    other = bridge._averages({"loss": jnp.float32(4)}, jnp.float32(1))["loss"]
+    assert some.merge(other).compute() == 2.5
+
+
+def test_the_partitioner_has_the_recipes_mesh_and_refuses_unknown_axes(bridge):
+    spec = partitioning.PjitPartitioner(num_partitions=2)
+    partitioner = bridge.Partitioner(spec)
+    assert dict(partitioner.mesh.shape) == {"replica": 1, "data": 4, "model": 2}
+    one_line_error(lambda: partitioner.get_data_layout(6), "BATCH_SIZE is 6")
+    names = flax.linen.partitioning.AxisMetadata(("nowhere",))
+    freeze = flax.core.freeze
+    state = t5x_stubs.TrainState(freeze({"a": jnp.zeros(4)}), freeze({"a_axes": names}))
+    one_line_error(lambda: partitioner.get_mesh_axes(state), "'nowhere'", "logical_axis_rules")
+
+
+def test_periods_that_do_not_divide_each_other(bridge):
+    periods = [(150, 100), (100, 50), (7, 3), (None, 100), (100, None)]
+    assert [bridge.common_period(*each) for each in periods] == [50, 0, 1, 0, 0]
+
+
+def test_options_that_it_has_not_are_refused(bridge):
+    bridge.refuse_what_t5x_has_not(A=None, B=False, C=0)
+    one_line_error(lambda: bridge.refuse_what_t5x_has_not(A=None, SPIKE_SIGMAS=3), "SPIKE_SIGMAS")
+
+
+def test_its_own_microbatches_are_refused(bridge, make):
+    def call():
+        bridge.Trainer(
+            model=make(), train_state=None, partitioner=None, evaluators={}, random_seed=0,
+            dataset_cfg=None, total_steps=1, num_microbatches=2,
+        )  # fmt: skip
+
+    one_line_error(call, "num_microbatches is 2", "NUM_MICROBATCHES")
+
+
+def test_data_begin_at_a_step_and_are_the_built_in_engines(bridge, tmp_path, monkeypatch):
+    experiments.digits_dir(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    experiments.parse("digits_stage1", *experiments.UNEVALUATED, "MODEL_DIR = 'unused'")
+    cfg = gin_utils.build_arguments(experiments.TRAIN)["train_dataset_cfg"]
+    layout = input_pipeline.BatchLayout(partitioning.PjitPartitioner().batch_sharding())
+    batches = input_pipeline.TrainIterator(cfg, layout, 2 * cfg.batch_size)
+    wanted = next(batches)
+    batches.close()
+    halves = [
+        bridge.TrainData(cfg, bridge._HostRows.of(cfg, shard, 2), first_step=2)
+        for shard in range(2)
+    ]
+    parts = [next(half) for half in halves]
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), value)
+        spec = halves[0].element_spec[name]
+        assert (spec.shape, spec.dtype) == (parts[0][name].shape, parts[0][name].dtype)
+
+
+def test_a_state_of_another_model_or_dtype_is_refused(bridge):
+    class State:
+        step, params, param_states = jnp.zeros((), jnp.bfloat16), {"a": jnp.zeros(3)}, ()
+
+    class Abstract:
+        step, params, opt_state = jnp.zeros((), jnp.int32), {"a": jnp.zeros(3)}, ()
+
+    one_line_error(lambda: bridge._check_state(State, Abstract), "bfloat16", "dtype = None")
+    Abstract.params = {"a": jnp.zeros(4)}
+    one_line_error(lambda: bridge._check_state(State, Abstract), "(3,)", "(4,)")
+
+
+def test_without_t5x_the_install_command_is_told(monkeypatch):
+    for name in ("t5x", "t5x.checkpoints"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "clipa_t5x.t5x_bridge", raising=False)
+    call = lambda: importlib.import_module("clipa_t5x.t5x_bridge")  # noqa: E731
+    one_line_error(call, "cannot be imported", "pip install", "t5x@", "gin/t5x")
