@@ -46,12 +46,12 @@ try:
     import clu.data.dataset_iterator
     import clu.metrics
     import seqio
-    import t5x.checkpoints
-    import t5x.models
-    import t5x.optimizers
-    import t5x.partitioning
-    import t5x.trainer
-    import t5x.utils
+    import t5x.checkpoints  # pyright: ignore[reportMissingImports]
+    import t5x.models  # pyright: ignore[reportMissingImports]
+    import t5x.optimizers  # pyright: ignore[reportMissingImports]
+    import t5x.partitioning  # pyright: ignore[reportMissingImports]
+    import t5x.trainer  # pyright: ignore[reportMissingImports]
+    import t5x.utils  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise UserError(
         f"this engine is upstream T5X, which cannot be imported ({error}): pip install "
@@ -164,8 +164,8 @@ class ClipModel(t5x.models.BaseModel):
         types = {name: (input_types or known).get(name, jnp.float32) for name in input_shapes}
         batch = {k: jnp.zeros((1, *shape[1:]), types[k]) for k, shape in input_shapes.items()}
         boxed = models.init_params(self.clip, rng, batch)
-        axes = flax.traverse_util.flatten_dict(nn.get_partition_spec(boxed))
-        params = flax.traverse_util.flatten_dict(nn.unbox(boxed))
+        axes: Any = flax.traverse_util.flatten_dict(nn.get_partition_spec(boxed))
+        params: Any = flax.traverse_util.flatten_dict(nn.unbox(boxed))
         named = {
             (*path[:-1], f"{path[-1]}_axes"): flax_partitioning.AxisMetadata(
                 tuple(axes[path]) + (None,) * (leaf.ndim - len(axes[path]))
@@ -189,7 +189,8 @@ class ClipModel(t5x.models.BaseModel):
 
     def eval_fn(self, params: Any, batch: models.Batch) -> Any:
         """(loss, clu metrics) of a batch without masking, weighted by its examples."""
-        loss, metrics = self.clip.apply({"params": params}, batch, train=False)  # pyright: ignore
+        outputs: Any = self.clip.apply({"params": params}, batch, train=False)
+        loss, metrics = outputs
         return loss, _averages(metrics, batch["weights"].sum())
 
     def predict_batch(self, params: Any, batch: models.Batch, rng: Any = None) -> Any:
@@ -242,7 +243,7 @@ def _in_microbatches(model: models.ClipModel, parts: int, batch: models.Batch, r
 def _averages(metrics: Mapping[str, jax.Array], weight: jax.Array) -> dict[str, Any]:
     """Scalars as clu metrics, which merge to means by `weight`."""
     weight = weight.astype(jnp.float32)
-    average = clu.metrics.Average
+    average: Any = clu.metrics.Average
     return {name: average(total=value * weight, count=weight) for name, value in metrics.items()}
 
 
@@ -452,7 +453,7 @@ class TrainData(clu.data.dataset_iterator.DatasetIterator):
         first_sample = first_step * cfg.batch_size
         self._batches = input_pipeline.TrainIterator(cfg, rows, first_sample)  # pyright: ignore
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         batch = next(self._batches)
         return {name: batch[name] for name in self.element_spec}
 

@@ -119,7 +119,7 @@ def _read(state: epath.Path, name: str, entry: Any) -> np.ndarray:
         )
     except Exception as error:  # As above.
         raise refusal(os.fspath(state), f"{name} is damaged ({error})") from error
-    (array,) = traverse_util.flatten_dict(restored).values()
+    array: Any = next(iter(traverse_util.flatten_dict(restored).values()))
     if (array.shape, array.dtype) != (tuple(entry.shape), np.dtype(entry.dtype)):
         raise refusal(os.fspath(state), f"{name} is {array.dtype} {array.shape}, not as stated")
     return np.asarray(array)
