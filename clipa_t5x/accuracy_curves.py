@@ -11,8 +11,26 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from clipa_t5x import published
+
+
+class Trained(Protocol):
+    """What has an accuracy for its compute."""
+
+    @property
+    def training_flops(self) -> float:
+        """Of all that was trained."""
+        ...
+
+    @property
+    def accuracy(self) -> float:
+        """In any unit, the more the better."""
+        ...
+
+
+_Trained = TypeVar("_Trained", bound=Trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +97,7 @@ def curves() -> tuple[Curve, ...]:
     return tuple(Curve(model, data, undominated(groups[model, data])) for model, data in ordered)
 
 
-def undominated(points: Sequence[published.Point]) -> tuple[published.Point, ...]:
+def undominated(points: Sequence[_Trained]) -> tuple[_Trained, ...]:
     """The points that no cheaper or equally dear one equals or beats, cheapest first."""
     ordered = sorted(points, key=lambda p: (p.training_flops, -p.accuracy))
     best = itertools.accumulate((p.accuracy for p in ordered), max, initial=-math.inf)

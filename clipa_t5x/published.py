@@ -6,6 +6,12 @@ use is put in. Training FLOPs follow from sizes and tokens (`flops`), never from
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from clipa_t5x import flops, models
 from clipa_t5x.towers import text_transformer, vision_transformer
@@ -121,6 +127,43 @@ def name_of(model: models.ClipModel) -> str | None:
     except AttributeError:  # towers of other kinds
         return None
     return next((name for name in _SIZES if _SIZES[name] == key), None)
+
+
+def name_by_sizes(sizes: Mapping[str, Any]) -> str | None:
+    """The published name of a model by its towers' parameters, as configurations name them.
+
+    Args:
+      sizes: 'vision_transformer.VisionTransformer.width' and so on to a number.
+
+    Returns:
+      The name, or None where a size is missing or another.
+    """
+    wanted = ("width", "depth", "mlp_dim", "num_heads", "out_dim", "patch_size")
+    for name in _SIZES:
+        model = clip_model(name)
+        if all(
+            sizes.get(f"{kind}.{size}") == getattr(tower, size)
+            for kind, tower in (
+                ("vision_transformer.VisionTransformer", model.image_tower),
+                ("text_transformer.TextTransformer", model.text_tower),
+            )
+            for size in wanted
+            if hasattr(tower, size)
+        ):
+            return name
+    return None
+
+
+@functools.cache
+def num_params(name: str) -> int:
+    """Parameters of a published model at 224 pixels and 32 tokens; none is allocated."""
+    batch = {
+        "images": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8),
+        "text": jax.ShapeDtypeStruct((1, 32), jnp.int32),
+    }
+    model = clip_model(name)
+    params = jax.eval_shape(lambda b: models.init_params(model, jax.random.key(0), b), batch)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 # 12.8 billion, 512 and 128 million samples, as whole batches count them.

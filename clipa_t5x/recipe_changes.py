@@ -216,6 +216,25 @@ def changes(before: str, after: str) -> list[tuple[str, str | None, str | None]]
     ]
 
 
+def parameters(text: str) -> dict[str, Any]:
+    """What a resolved configuration trains with, macros replaced by their values.
+
+    Args:
+      text: see `gin_utils.operative_config`.
+
+    Returns:
+      'function.parameter', after 'scope/' where it has one, to a value; what refers to something
+      stays text. Empty where the text configures no training.
+    """
+    recipe = _Recipe(text)
+    return {
+        f"{scope}/{function}.{parameter}" if scope else f"{function}.{parameter}": _literal(
+            recipe.expanded(value)
+        )
+        for (scope, function, parameter), value in recipe.values.items()
+    }
+
+
 def refuse(model_dir: str, recipe: str) -> None:
     """Compares a resolved configuration with the one that trained what is in `model_dir`.
 

@@ -259,7 +259,7 @@ def load(model_dir: str | os.PathLike[str]) -> RunHistory:
             f"no {METRICS_FILE} in '{where}' nor in stages of a {SCHEDULE_FILE} there: it is not "
             "the MODEL_DIR of a run, or its training has not logged yet"
         )
-    stages = tuple(_load_stage(folder) for folder in folders)
+    stages = tuple(load_stage(folder) for folder in folders)
     return RunHistory(name=directory.resolve().name, directory=directory, stages=stages)
 
 
@@ -285,7 +285,8 @@ def _is_component(name: str) -> bool:
     return name not in ("", "..") and pathlib.Path(name).name == name
 
 
-def _load_stage(folder: pathlib.Path) -> Stage:
+def load_stage(folder: pathlib.Path) -> Stage:
+    """Reads what there is of a run in a directory, which may hold none of it."""
     problems: list[str] = []
     info = _read_object(folder / STAGE_FILE, problems)
     gallery = _read_object(folder / GALLERY_FILE, problems)
