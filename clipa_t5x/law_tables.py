@@ -15,7 +15,8 @@ def points(value: float, std: float | None = None, sign: bool = False) -> str:
     """A share as percentage points, with its standard deviation: '76.3 ± 1.4'."""
     if not math.isfinite(value):
         return MISSING
-    text = f"{value * 100:{'+' if sign else ''}.1f}"
+    # What rounds to nothing has no sign.
+    text = f"{value * 100:{'+' if sign else ''}.1f}".replace("-0.0", "0.0")
     return text if std is None else f"{text} ± {std * 100:.1f}"
 
 
@@ -121,9 +122,9 @@ def verdict(axis: inverse_scaling.AxisLaw) -> str:
     trend = axis.chief
     if trend is None or trend.line is None or axis.reference is None:
         return (
-            f"{head}: these runs say nothing of the law, which takes two sizes of known parameters, "
-            "each with a completed run with all tokens and one with fewer, as few for both, and a "
-            "known sampling error."
+            f"{head}: these runs say nothing of the law, which takes two sizes of known "
+            "parameters, each with a completed run with all tokens and one with fewer, as few for "
+            "both, and a known sampling error."
         )
     line, told = trend.line, [loss for loss in trend.losses if loss.size.params]
     saying = {
@@ -133,8 +134,9 @@ def verdict(axis: inverse_scaling.AxisLaw) -> str:
     }[line.direction]
     ratio = abs(line.slope) / line.std
     text = (
-        f"{head}: {saying}. With {share(axis.reference)} of the tokens the {trend.kind} drop changes "
-        f"by {points(line.slope, line.std, sign=True)} points for each doubling of the parameters "
+        f"{head}: {saying}. With {share(axis.reference)} of the tokens the {trend.kind} drop "
+        f"changes by {points(line.slope, line.std, sign=True)} points for each doubling of the "
+        "parameters "
         f"({ratio:.1f} standard deviations; {scaling_fit.SIGNIFICANT:g} are asked for), over "
         f"{len(told)} sizes from {run_summary.format_count(told[0].size.params)} to "
         f"{run_summary.format_count(told[-1].size.params)}."

@@ -40,6 +40,7 @@ PLAIN_VERBS = {
     "report": "clipa_t5x.report",
     "compare": "clipa_t5x.compare",
     "plan": "clipa_t5x.plan",
+    "law": "clipa_t5x.law",
 }
 
 _FLAGS = flags.FlagValues()

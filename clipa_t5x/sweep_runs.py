@@ -162,7 +162,8 @@ def from_published() -> Sweep:
     greatest = max(point.stages[0].pixels for point in points)
     return sweep(
         [_published_run(point, greatest) for point in points], "ImageNet-1k", "accuracy",
-        notes=[f"Published: {published.SOURCES['v1 figure']}."],
+        notes=["Points read off the figure of accuracy against compute in: An Inverse Scaling Law "
+               "for CLIP Training (Li et al., 2023)."],
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ LAYERS = [
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
     | {"processes", "wall_time", "evaluation_records"}
     | {"preemption", "peers", "watchdog"}
+    | {"scaling_fit"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"} | {"bad_numbers"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
@@ -25,9 +26,10 @@ LAYERS = [
     | {"step_cost", "cost_report"}
     | {"agreement", "checkpoint_manifest", "checkpoint_retention", "checkpoint_folders"}
     | {"checkpoint_writer", "stage_handover"}
-    | {"goodput", "goodput_plot", "lease", "recipe_changes"},
+    | {"goodput", "goodput_plot", "lease", "recipe_changes"}
+    | {"sweep_runs", "inverse_scaling", "law_tables", "law_plot"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
-    | {"export", "precompile", "import_weights", "plan", "compare", "t5x_bridge"},
+    | {"export", "precompile", "import_weights", "plan", "compare", "law", "t5x_bridge"},
 ]
 DOORS = LAYERS[-1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60

@@ -74,7 +74,8 @@ def test_the_console_command_lists_its_verbs(capsys):
         main.main(["tarin"])
     assert exit_.value.code == 2
     verbs = (
-        "train,eval,schedule,precompile,benchmark,export,import_weights,build,report,compare,plan"
+        "train,eval,schedule,precompile,benchmark,export,import_weights,"
+        "build,report,compare,plan,law"
     )
     assert verbs in capsys.readouterr().out
 
