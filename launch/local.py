@@ -207,10 +207,9 @@ def layout(spec: job.JobSpec, num_processes: int, devices_per_process: int | Non
                 "all of its chips; launch.gce starts slices."
             )
         return Layout("tpu", 1, topology.num_devices)
-    default = next(f.default for f in dataclasses.fields(job.JobSpec) if f.name == "topology")
     if devices_per_process is None:
         devices_per_process = max(topology.num_devices // num_processes, 1)
-    elif spec.topology == default:
+    elif spec.topology == job.default("topology"):
         topology = dataclasses.replace(topology, num_chips=num_processes * devices_per_process)
     if num_processes * devices_per_process != topology.num_devices:
         raise UserError(
