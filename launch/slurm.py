@@ -351,14 +351,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    from launch import recipe_check  # Imports the trainer.
-
     spec, arguments = job.parse_arguments(parser(), argv)
     text = script(spec, allocation(spec, arguments), arguments.python)
     if "\0" in text:
         raise UserError("a value has a character of code 0, which no command can take.")
     if not (arguments.output or arguments.dry_run):
         raise UserError("give --output=FILE for the script, or --dry_run to see it.")
+    from launch import recipe_check  # Imports the trainer.
+
     recipe_check.check_recipe(spec)
     if arguments.dry_run:
         print(text, end="")

@@ -82,11 +82,11 @@ class Cluster:
             self.program(programs / name, code)
         self.environment = {
             **os.environ,
+            "SLURM_JOB_ID": "77",
+            **environment,
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "FAKE_SLURM": str(self.state),
             "FAKE_TASKS": str(num_tasks),
-            "SLURM_JOB_ID": "77",
-            **environment,
         }
 
     def program(self, path, code):

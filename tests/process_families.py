@@ -1,5 +1,6 @@
 """Processes of tests that write down their numbers, and waiting for what they do."""
 
+import os
 import pathlib
 import sys
 import time
@@ -41,3 +42,18 @@ def read_pids(folder, count):
 def all_gone(pids):
     """Waits until none of them runs."""
     return wait_for(lambda: all(processes.start_ticks(pid) is None for pid in pids))
+
+
+def find_trainers(folder, *words):
+    """Numbers of the trainers that run in a folder and have such words on their command line."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            is_there = os.path.samefile(path / "cwd", folder)
+        except OSError:  # Gone, or somebody else's.
+            continue
+        is_trainer = command[1:3] == ["-m", "clipa_t5x.train"]
+        if is_trainer and is_there and set(words) <= set(command):
+            found.append(int(path.name))
+    return found

@@ -12,7 +12,7 @@ import threading
 import experiments
 import numpy as np
 import pytest
-from process_families import PYTHON, all_gone, read_pids, wait_for
+from process_families import PYTHON, all_gone, find_trainers, read_pids, wait_for
 from saved_runs import one_line_error
 
 from launch import job, local, process_group
@@ -339,17 +339,8 @@ class RealRuns:
 
     def trainer(self, name, index):
         """The number of a trainer's process."""
-        for folder in pathlib.Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().decode().split("\0")
-            except (OSError, UnicodeDecodeError):
-                continue
-            binding = f"--gin_bindings=MODEL_DIR = {name!r}"
-            is_trainer = words[1:3] == ["-m", "clipa_t5x.train"] and binding in words
-            inside = is_trainer and os.readlink(folder / "cwd") == os.path.realpath(self.workspace)
-            if inside and f"--process_index={index}" in words:
-                return int(folder.name)
-        return None
+        words = (f"--gin_bindings=MODEL_DIR = {name!r}", f"--process_index={index}")
+        return wait_for(lambda: find_trainers(self.workspace, *words))[0]
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +355,7 @@ def test_one_of_two_real_processes_is_killed_and_the_run_comes_to_the_same_end(r
     disturbed = real_runs.start("disturbed")
     for killed, steps in ((1, 6), (0, 14)):
         wait_for(lambda steps=steps: real_runs.steps("disturbed") > steps, 600)
-        os.kill(wait_for(lambda killed=killed: real_runs.trainer("disturbed", killed)), 9)
+        os.kill(real_runs.trainer("disturbed", killed), signal.SIGKILL)
     status, out = real_runs.end(disturbed)
     assert status == 0, out[-4000:]
     said = [line for line in out.splitlines() if line.startswith("launch: ")]

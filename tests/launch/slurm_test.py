@@ -7,11 +7,13 @@ import pathlib
 import shlex
 import signal
 import subprocess
+import sys
 
 import experiments
 import fake_slurm
+import numpy as np
 import pytest
-from process_families import read_pids, wait_for
+from process_families import find_trainers, read_pids, wait_for
 from saved_runs import one_line_error
 
 from launch import job, restarts, slurm
@@ -323,3 +325,52 @@ def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys, flags, part):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and part in err
     assert not pathlib.Path("x").exists()
+
+
+@pytest.mark.slow
+def test_real_processes_join_by_slurms_variables_and_come_to_the_same_end(tmp_path):
+    """One is killed; later the time limit is near; the job goes on in its next life."""
+    workspace, steps = experiments.digits_dir(str(tmp_path)), 40
+    environment = {**experiments.environment(1), "SLURM_JOB_ID": str(os.getpid())}
+    cluster = fake_slurm.Cluster(workspace, **environment)
+
+    def submit(name, meanwhile=lambda life, process: None):
+        bindings = [
+            *experiments.UNEVALUATED, f"TRAIN_STEPS = {steps}", "LOG_PERIOD = 1",
+            "CHECKPOINT_PERIOD = 4", "IMAGE_MASK_RATIO = 0.5",
+        ]  # fmt: skip
+        spec, asked = make(
+            "--processes_per_node=2",
+            name=name,
+            topology="cpu-8",
+            gin_file=[f"{experiments.GIN}/digits_stage1.gin"],
+            gin_search_paths=[str(experiments.GIN)],
+            model_dir=name,
+            gin_bindings=bindings,
+            arguments=["--peer_timeout_seconds=15", "--join_timeout_seconds=120"],
+        )
+        script = cluster.folder / f"{name}.sbatch"
+        script.write_text(slurm.script(spec, asked, sys.executable))
+        statuses, log = cluster.submit(script, meanwhile, timeout=900)
+        assert statuses[-1] == 0, log
+        return statuses, log, experiments.saved_state(os.path.join(workspace, name), steps)
+
+    def done(name):
+        path = pathlib.Path(workspace, name, "metrics.jsonl")
+        return path.read_text().count('"group": "train"') if path.exists() else 0
+
+    def disturb(life, process):
+        if life == 0:
+            wait_for(lambda: done("disturbed") > 6, 600)
+            os.kill(find_trainers(workspace)[1], signal.SIGKILL)
+            wait_for(lambda: done("disturbed") > 14, 600)
+            process.send_signal(signal.SIGUSR1)
+
+    _, _, whole = submit("whole")
+    statuses, log, end = submit("disturbed", disturb)
+    print(*(line for line in log.splitlines() if line.startswith("launch: ")), sep="\n")
+    assert statuses == [75, 0], log
+    assert "status 137 after" in log and "back to the queue" in log
+    assert whole.keys() == end.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, end[name], err_msg=name)
