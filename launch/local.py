@@ -60,9 +60,10 @@ def supervise(
             decision = attempts.after(statuses, lived)
             if decision.delay is None:
                 return _ended(decision, statuses, attempts.count, time.monotonic() - begun)
+            ended = ", ".join(map(process_group.described, statuses))
             _say(
                 f"restart {attempts.count} of at most {policy.max_restarts} in "
-                f"{decision.delay:.0f} s, after a start of {lived:.0f} s."
+                f"{decision.delay:.0f} s: a start of {lived:.0f} s ended with {ended}."
             )
             if not _wait(decision.delay, signals):
                 _say(f"told to stop before it: this ends with status {RESTART_STATUS}.")

@@ -15,6 +15,7 @@ import pytest
 from process_families import PYTHON, all_gone, find_trainers, read_pids, wait_for
 from saved_runs import one_line_error
 
+from clipa_t5x import main
 from launch import job, local, process_group
 
 POLICY = job.RestartPolicy(max_restarts=3, first_delay=0.1)
@@ -74,7 +75,8 @@ sys.exit(0 if os.environ["START"] == "3" else 75)
     assert sorted(out.splitlines()) == [f"[{i}] start {n}" for i in (0, 1) for n in (1, 2, 3)]
     assert "start 1 of at most 4: 2 processes" in err and "start 3 of at most 4" in err
     assert "process 1 ended with status 137 (SIGKILL)" in err
-    assert "restart 1 of at most 3 in 0 s" in err and "restart 2 of at most 3" in err
+    assert "restart 1 of at most 3 in 0 s" in err and "ended with 75, 137 (SIGKILL)." in err
+    assert "restart 2 of at most 3" in err
     assert "done after 3 starts" in err
     log = (tmp_path / "logs" / "process_1.log").read_text()
     assert log == "start 1\nstart 2\nstart 3\n"
@@ -139,6 +141,7 @@ def test_a_reader_that_is_gone_ends_no_run(tmp_path):
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(experiments.REPOSITORY)!r})
+from clipa_t5x import main
 from launch import job, local, process_group
 line = ({sys.executable!r}, "-I", "-S", "-c", "print('line')")
 command = process_group.Command(line, {{}}, pathlib.Path("log"))
@@ -243,7 +246,7 @@ def test_a_free_port_is_free_and_not_the_kernels_to_give():
 
 
 def test_the_patience_is_the_trainers():
-    assert local.patience(make()) == 130
+    assert local.patience(make()) == main._FLAGS["peer_timeout_seconds"].default + 30
     spec = make(arguments=["--peer_timeout_seconds=15", "--watch", "--peer_timeout_seconds=20"])
     assert local.patience(spec) == 50
 
