@@ -138,6 +138,11 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
+def default(name: str) -> Any:
+    """What a field of `JobSpec` is unless it is set."""
+    return next(field.default for field in dataclasses.fields(JobSpec) if field.name == name)
+
+
 def quoted(command: Sequence[str]) -> str:
     """A command as a line for a POSIX shell; the one place where anything is quoted."""
     return " ".join(map(shlex.quote, command))

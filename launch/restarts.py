@@ -10,7 +10,7 @@ from launch.job import RestartPolicy
 # SIGINT and SIGTERM come of people and platforms, SIGABRT of a process whose peer is frozen,
 # SIGKILL of a machine that is taken away or out of memory.
 _SIGNALS = (1, 2, 6, 9, 15)
-_RESTART = {RESTART_STATUS, *(128 + n for n in _SIGNALS), *(-n for n in _SIGNALS)}
+RESTART_STATUSES = {RESTART_STATUS, *(128 + n for n in _SIGNALS), *(-n for n in _SIGNALS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Restarts:
         """
         if not any(statuses):
             return Decision(None)
-        bad = [status for status in statuses if status and status not in _RESTART]
+        bad = [status for status in statuses if status and status not in RESTART_STATUSES]
         if bad:
             return Decision(None, f"a process ended with status {bad[0]}, which no restart mends")
         return self.again(lived_seconds, f"status {next(filter(None, statuses))}")
