@@ -17,8 +17,9 @@ from flax import traverse_util
 
 from clipa_t5x import checkpoints, models, stage_handover, trainer
 from clipa_t5x.data import input_pipeline, tasks
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, storage_errors
 from clipa_t5x.weights import (
+    array_files,
     array_sources,
     exporting,
     layouts,
@@ -32,6 +33,12 @@ from clipa_t5x.weights import (
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 CLIPA_WEIGHTS = "model.npz"
+# Of each format, where the arrays are.
+_FILES = {
+    "open_clip": OPEN_CLIP_WEIGHTS,
+    "clipa": CLIPA_WEIGHTS,
+    "stablehlo": serving.PARAMETERS,
+}
 # What Hugging Face's tokenizer needs to be told besides the vocabulary.
 _TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
 
@@ -88,13 +95,15 @@ def export(
         "open_clip": job.open_clip, "clipa": job.clipa, "stablehlo": job.stablehlo,
     }[export_format]  # fmt: skip
     with _reading(checkpoint or model_dir, job.shapes) as (read, source):
-        epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
+        _make_folder(output_dir)
         parameters, target = write(read)
         compared = _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
     found = parity.certificate(
         source=source, target=target, layout=export_format, parameters=parameters,
         tolerance=tolerance, **compared,
     )  # fmt: skip
+    if not probe_rows:
+        found |= _read_again(output_dir, export_format, parameters)
     logging.info("Exported %s to %s: %s.", source, target, parity.write(output_dir, found))
     if verify and not found["passed"]:
         raise UserError(
@@ -102,6 +111,30 @@ def export(
             f"(--tolerance). See {os.path.join(output_dir, parity.FILE)}."
         )
     return found
+
+
+def _make_folder(path: str) -> None:
+    try:
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+    except storage_errors() as error:
+        raise UserError(
+            f"--output_dir {path} cannot be made ({error}): name a folder, existing or not, that "
+            "can be written."
+        ) from error
+
+
+def _read_again(
+    output_dir: str, export_format: str, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Whether every array that was written, read again one by one, has the checksum it should."""
+    with array_files.open_arrays(os.path.join(output_dir, _FILES[export_format])) as arrays:
+        bad = [
+            name
+            for name, entry in parameters.items()
+            if exporting.describe(arrays[name].read())["crc32c"] != entry["crc32c"]
+        ]
+    return {"compared_with": "checksums of the files, read again", "differing": bad,
+            "passed": not bad}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +157,12 @@ class _Export:
         vocabulary = tasks.get_task(self.eval_cfg.mixture_or_task_name).output_features["text"]
         vocab: Any = vocabulary.vocabulary
         pieces = vocab.pieces
+        if len(pieces) > self.model.text_tower.vocab_size:
+            raise UserError(
+                f"the vocabulary has {len(pieces)} pieces and the text tower's table "
+                f"{self.model.text_tower.vocab_size} rows: set VOCABULARY_PATH to that which the "
+                "model was trained with."
+            )
         folder = epath.Path(self.output_dir)
         parameters = self._write(OPEN_CLIP_WEIGHTS, tensors, read, tables)
         (folder / open_clip_options.CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -195,9 +234,9 @@ def _compare(
 ) -> dict[str, Any]:
     """Embeddings of a probe by the parameters before, and by whoever reads the export."""
     batch = parity.probe(rows, job.image_size, job.text_length, job.model.text_tower.vocab_size)
-    before = parity.embed(
-        job.model, traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/"), batch
-    )
+    exact = export_format != "stablehlo"  # Which computes in the model's own dtype.
+    tree = traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/")
+    before = parity.embed(job.model, tree, batch, exact)
     peer = open_clip_peer.version() if export_format == "open_clip" else None
     if export_format == "stablehlo":
         after, compared_with = serving.embed(target, batch), f"jax.export, jax {jax.__version__}"

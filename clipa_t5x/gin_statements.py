@@ -256,6 +256,16 @@ class _Delegate(config_parser.ParserDelegate):
         return Macro(macro_name)
 
 
+def sets_macro(name: str, files: Sequence[str], search_paths: Sequence[str]) -> bool:
+    """Whether a file, or one that it includes, sets a macro.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    contents = (statement.content for statement in read(files, [], search_paths))
+    return any(getattr(content, "selector", None) == name for content in contents)
+
+
 def _read_file(
     name: str, search_paths: Sequence[str], asked_by: str, including: tuple[str, ...]
 ) -> Iterator[Statement]:

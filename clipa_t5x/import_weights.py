@@ -23,7 +23,7 @@ from clipa_t5x import (
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import exporting, open_clip_peer, parity
+from clipa_t5x.weights import exporting, open_clip_options, open_clip_peer, parity
 
 # What a run that has read no data yet would say of its position in them.
 _NO_DATA_YET = {"next_sample": 0}
@@ -70,7 +70,8 @@ def import_weights(
 
     Raises:
       UserError: `model_dir` has a checkpoint already, or the weights are damaged or of another
-        model, and nothing is written then; or embeddings differ, and `verify` is set.
+        model, and nothing is written then; or embeddings differ, and `verify` is set: the
+        checkpoint is removed again.
     """
     train.check_arguments(model_dir, checkpoint_cfg.save, random_seed)
     if steps := checkpoints.all_steps(model_dir):
@@ -103,6 +104,7 @@ def import_weights(
     found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
     summary += f"\n{parity.write(model_dir, found)}"
     if verify and not found["passed"]:
+        checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
         raise UserError(f"{model_dir} is not what it comes from: {parity.summary(found)}.")
     return summary
 
@@ -139,10 +141,15 @@ def _embed_source(
     source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
 ) -> tuple[parity.Embeddings, str]:
     """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
-    peer = open_clip_peer.version() if open_clip_peer.is_folder(source) else None
-    if peer and not loaded.notes:  # What was resized is another model's.
-        return open_clip_peer.embed(source, batch), peer
-    return parity.embed(model, loaded.params, batch), "this package, before the checkpoint"
+    ours = parity.embed(model, loaded.params, batch), "this package, before the checkpoint"
+    if not open_clip_peer.is_folder(source) or not (peer := open_clip_peer.version()):
+        return ours
+    config = open_clip_options.config_beside(source)
+    if config and open_clip_options.leaves_open(config, model):
+        return ours[0], f"{ours[1]}, as the configuration does not say all that {peer} would take"
+    if open_clip_peer.sizes(source) != (batch.images.shape[1], batch.ids.shape[1]):
+        return ours[0], f"{ours[1]}, as {peer} would make a model of another size"
+    return open_clip_peer.embed(source, batch), peer
 
 
 def _summary(source: str, model_dir: str, loaded: stage_handover.Loaded, num_params: int) -> str:

@@ -77,8 +77,7 @@ def is_schedule(gin_files: Sequence[str], search_paths: Sequence[str]) -> bool:
     Raises:
       UserError: a file is missing or cannot be read.
     """
-    statements = gin_statements.read(gin_files, [], search_paths)
-    return any(getattr(s.content, "selector", None) == "STAGES" for s in statements)
+    return gin_statements.sets_macro("STAGES", gin_files, search_paths)
 
 
 def split_bindings(bindings: Sequence[str]) -> tuple[list[str], list[str]]:

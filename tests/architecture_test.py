@@ -29,7 +29,8 @@ LAYERS = [
     | {"goodput", "goodput_plot", "lease", "recipe_changes"}
     | {"sweep_runs", "inverse_scaling", "law_tables", "law_plot"},
     {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
-    | {"export", "precompile", "import_weights", "plan", "compare", "law", "t5x_bridge"},
+    | {"export", "precompile", "import_weights", "plan", "compare", "law", "t5x_bridge"}
+    | {"command_flags"},
 ]
 DOORS = LAYERS[-1]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60

@@ -14,7 +14,7 @@ from flax import traverse_util
 from clipa_t5x import checkpoints, export, main
 from clipa_t5x.data import preprocessors
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import parameter_files, parity
+from clipa_t5x.weights import exporting, parameter_files, parity
 
 PIXELS, LENGTH = 16, 8
 
@@ -139,7 +139,7 @@ def test_a_run_s_checkpoint_is_read_parameter_by_parameter(make_trainer, tmp_pat
     found = export.export(
         **arguments, output_dir=str(tmp_path / "out"), export_format="clipa", probe_rows=0
     )
-    assert found["passed"] is None and found["source"].endswith("checkpoint_6")
+    assert found["probe"] is None and found["source"].endswith("checkpoint_6")
     params = checkpoints.flatten(state.params)
     assert sorted(read) == sorted(params)  # each once
     with parameter_files.open_parameters(str(tmp_path / "out/model.npz"), params) as file:
@@ -182,6 +182,39 @@ def _tampered(monkeypatch):
         return found if len(calls) == 1 else parity.Embeddings(found.images + 1e-3, found.texts)
 
     monkeypatch.setattr(parity, "embed", embed)
+
+
+@pytest.mark.parametrize("export_format", ["open_clip", "clipa", "stablehlo"])
+def test_without_a_probe_files_are_read_again(exported, monkeypatch, export_format):
+    _, _, found = exported(export_format, probe_rows=0)
+    assert found["passed"] and found["differing"] == [] and found["probe"] is None
+    original = exporting.describe
+    calls = []
+
+    def describe(array):
+        calls.append(None)
+        return original(array if len(calls) != 1 else array + 1)  # As if written otherwise.
+
+    monkeypatch.setattr(exporting, "describe", describe)
+    with pytest.raises(UserError, match="1 of the files' checksums differ"):
+        exported(export_format, probe_rows=0)
+
+
+def test_a_bfloat16_model_serves_as_it_computes(exported):
+    bfloat16 = {"dtype": "bfloat16"}
+    _, _, found = exported("stablehlo", image=bfloat16, text=bfloat16)
+    assert found["passed"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(exported, tmp_path):
+    (tmp_path / "exported").write_text("")
+    with pytest.raises(UserError, match="--output_dir .* cannot be made"):
+        exported("clipa")
+
+
+def test_a_vocabulary_larger_than_the_table_is_refused(exported):
+    with pytest.raises(UserError, match="pieces and the text tower's table 3 rows"):
+        exported("open_clip", text={"vocab_size": 3})
 
 
 def test_a_checkpoint_of_another_model_is_refused(exported, tmp_path, tiny_model):

@@ -20,6 +20,7 @@ from clipa_t5x import (
     trainer,
 )
 from clipa_t5x.errors import UserError
+from clipa_t5x.weights import parity
 
 SIZES = {"width": 32, "mlp_dim": 64, "num_heads": 4}
 
@@ -123,6 +124,39 @@ def test_the_command_prints_what_it_did(weights, tmp_path, capsys):
     assert "error: import_weights needs --source" in captured.err
     assert f"{weights}: CLIPA's layout, " in captured.out
     assert (pathlib.Path(tmp_path) / "run" / "config.gin").exists()
+
+
+def test_a_stage_that_needs_an_earlier_one_needs_none_to_import_or_go_on(weights, tmp_path):
+    """`digits_stage2` demands INITIAL_CHECKPOINT_PATH; what is imported stands in its place."""
+    flags = [
+        f"--gin_file={experiments.GIN}/digits_stage2.gin",
+        f"--gin_search_paths={experiments.GIN}",
+        *(f"--gin_bindings={each}" for each in bindings(tmp_path / "run")),
+        "--compilation_cache_dir=",
+    ]
+    statuses = []
+    for verb, more in (("train", []), ("import_weights", [f"--source={weights}"]), ("train", [])):
+        with pytest.raises(SystemExit) as exit_:
+            main.run(verb, [*flags, *more])
+        statuses.append(exit_.value.code)
+    assert statuses == [2, 0, 0]
+    assert checkpoints.all_steps(str(tmp_path / "run")) == [0, 2]
+
+
+def test_an_import_that_is_not_what_it_was_leaves_no_checkpoint(weights, tmp_path, monkeypatch):
+    embed, calls = parity.embed, []
+
+    def embed_otherwise(*args):
+        calls.append(None)
+        found = embed(*args)
+        return found if len(calls) == 1 else parity.Embeddings(found.images + 1e-3, found.texts)
+
+    monkeypatch.setattr(parity, "embed", embed_otherwise)
+    experiments.parse("digits_stage1", *bindings(tmp_path / "run"))
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    with pytest.raises(UserError, match="is not what it comes from"):
+        import_weights.import_weights(source=weights, verify=True, **arguments)
+    assert checkpoints.all_steps(str(tmp_path / "run")) == []
 
 
 @pytest.mark.parametrize("partitions", [4])

@@ -7,7 +7,7 @@ wide a head is: only the configuration beside them does.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -75,11 +75,13 @@ class Options:
       unsaid: options whose value is OpenCLIP's default for what the configuration does not say.
         CLIPA's published ones do not say its GELU and epsilon, so that a default is no proof.
       unknown: fields that are not known here, such as 'text_cfg.new_thing'.
+      has_tokenizer: whether it names one of Hugging Face's.
     """
 
     values: Mapping[str, Any]
     unsaid: frozenset[str]
     unknown: tuple[str, ...]
+    has_tokenizer: bool = True
 
 
 def read(path: str) -> Mapping[str, Any]:
@@ -149,7 +151,7 @@ def options(config: Mapping[str, Any]) -> Options:
         if value and field not in _KNOWN[name] and field not in _NONE_HERE[name]
         and not (name == "model_cfg" and section is config and field == "preprocess_cfg")
     )  # fmt: skip
-    return Options(values, frozenset(unsaid), unknown)
+    return Options(values, frozenset(unsaid), unknown, bool(text.get("hf_tokenizer_name")))
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -260,13 +262,8 @@ def check(path: str, model: Any) -> list[str]:
       UserError: the file is no such configuration, or what it says differs from the model.
     """
     stated = options(read(path))
-    towers = {"VisionTransformer": model.image_tower, "TextTransformer": model.text_tower}
     refused, warnings = [], []
-    for name, there in stated.values.items():
-        owner, _, attribute = name.partition(".")
-        here = getattr(towers.get(owner, model), attribute, there)
-        if _same(here, there):
-            continue
+    for name, here, there in _differing(stated, model):
         if name in stated.unsaid:
             warnings.append(
                 f"{path} does not say {name}, for which OpenCLIP takes {there!r}, and here it is "
@@ -281,7 +278,28 @@ def check(path: str, model: Any) -> list[str]:
             "there (--gin.NAME=VALUE), or weights of this model."
         )
     warnings += [f"{path} sets {field}, which is not known here." for field in stated.unknown]
+    if not stated.has_tokenizer:
+        warnings.append(
+            f"{path} names no hf_tokenizer_name: its texts are tokenised by CLIP's byte pairs, "
+            "which are not here, so that prompts and captions mean nothing to its text tower."
+        )
     return warnings
+
+
+def leaves_open(path: str, model: Any) -> bool:
+    """Whether OpenCLIP, for want of a word in a configuration, makes another model of it."""
+    stated = options(read(path))
+    return any(name in stated.unsaid for name, _, _ in _differing(stated, model))
+
+
+def _differing(stated: Options, model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(option, its value here, its value there) of those that differ."""
+    towers = {"VisionTransformer": model.image_tower, "TextTransformer": model.text_tower}
+    for name, there in stated.values.items():
+        owner, _, attribute = name.partition(".")
+        here = getattr(towers.get(owner, model), attribute, there)
+        if not _same(here, there):
+            yield name, here, there
 
 
 def _same(here: Any, there: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from clipa_t5x.errors import UserError
 from clipa_t5x.weights import open_clip_options, parity
 
 
@@ -29,11 +30,32 @@ def is_folder(path: str) -> bool:
     return os.path.isfile(os.path.join(path, open_clip_options.CONFIG_FILE))
 
 
+def sizes(folder: str) -> tuple[Any, Any]:
+    """(side of the images, length of the texts) of the model that a folder describes."""
+    config = open_clip_options.read(os.path.join(folder, open_clip_options.CONFIG_FILE))
+    stated: Any = config.get("model_cfg")
+    vision, text = (stated.get(each) or {} for each in ("vision_cfg", "text_cfg"))
+    return vision.get("image_size", 224), text.get("context_length", 77)
+
+
 def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:
     """Loads a local folder as any user of OpenCLIP does, and embeds a probe in float32.
 
     Images are scaled as the folder's own preprocessing says, not resized.
+
+    Raises:
+      UserError: OpenCLIP cannot load it.
     """
+    try:
+        return _embed(folder, batch)
+    except Exception as error:  # Torch's and OpenCLIP's own, of files that anybody wrote.
+        raise UserError(
+            f"{version()} cannot load {folder} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}): its configuration and its weights do not fit."
+        ) from error
+
+
+def _embed(folder: str, batch: parity.Probe) -> parity.Embeddings:
     import open_clip  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 

@@ -43,16 +43,20 @@ def probe(rows: int, image_size: int, text_length: int, vocab_size: int, seed: i
     return Probe(images, ids)
 
 
-def embed(model: Any, params: Any, batch: Probe) -> Embeddings:
-    """Embeds by this package, in float32 and at full precision whatever the model computes in."""
-    exact = model.clone(
-        image_tower=model.image_tower.clone(dtype="float32"),
-        text_tower=model.text_tower.clone(dtype="float32"),
-    )
+def embed(model: Any, params: Any, batch: Probe, exact: bool = True) -> Embeddings:
+    """Embeds by this package; `exact` is in float32, whatever the model computes in.
+
+    Products are of full precision in either case.
+    """
+    if exact:
+        model = model.clone(
+            image_tower=model.image_tower.clone(dtype="float32"),
+            text_tower=model.text_tower.clone(dtype="float32"),
+        )
 
     @jax.jit
     def both(params: Any, images: jax.Array, ids: jax.Array) -> Any:
-        return exact.apply({"params": params}, {"images": images, "text": ids}, method="embed")
+        return model.apply({"params": params}, {"images": images, "text": ids}, method="embed")
 
     with jax.default_matmul_precision("highest"):
         images, texts = both(params, jnp.asarray(batch.images), jnp.asarray(batch.ids))
@@ -130,8 +134,10 @@ def write(folder: str, found: Mapping[str, Any]) -> str:
 def summary(found: Mapping[str, Any]) -> str:
     """One line for people."""
     parameters = f"{found['num_parameters']:,} numbers in {len(found['parameters'])} arrays"
-    if found["passed"] is None:
-        return f"{parameters}; embeddings not compared"
+    if found["probe"] is None:
+        bad = found.get("differing")
+        compared = "" if bad is None else f", {len(bad)} of the files' checksums differ"
+        return f"{parameters}; embeddings not compared{compared}"
     image, text = found["image_embeddings"], found["text_embeddings"]
     return (
         f"{parameters}; embeddings differ from those of {found['compared_with']} by at most "

@@ -183,3 +183,15 @@ def test_the_configuration_of_a_folder_or_beside_a_file(tmp_path):
     path.write_text("{}")
     for each in (tmp_path, tmp_path / "open_clip_model.safetensors"):
         assert open_clip_options.config_beside(str(each)) == str(path)
+
+
+def test_what_openclip_would_make_another_model_of_is_told(tmp_path, tiny_model):
+    """CLIPA's published configurations do not say GELU and epsilon: OpenCLIP takes its own."""
+    path = tmp_path / "open_clip_config.json"
+    said = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
+    for kwargs, is_open in (({}, True), (said, False)):
+        vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, **kwargs}
+        text = {"layers": 2, "width": 32, "heads": 4, "vocab_size": 64, **kwargs}
+        path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+        model = tiny_model(image={"activation": "gelu_tanh"}, text={"activation": "gelu_tanh"})
+        assert open_clip_options.leaves_open(str(path), model) == is_open
