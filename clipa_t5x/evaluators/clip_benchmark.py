@@ -48,14 +48,14 @@ class ClipBenchmark:
     split: str = "test"
     max_captions: int = 5
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the folder's files and the index of its shards.
 
         Raises:
           UserError: the folder is of another layout, shards are missing, or as the evaluator that
             the folder is for.
         """
-        self._evaluator().check()
+        self._evaluator().check(num_parts)
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None

@@ -123,14 +123,14 @@ class ZeroShotClassification:
     label_map_path: str | None = None
     num_classes: int | None = None
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the names, templates and map, the data's index and what the reduction needs.
 
         Raises:
           UserError: one of them is missing or not what it should be, or they do not fit together.
         """
         self._read()
-        self.dataset_cfg.check()
+        self.dataset_cfg.check(num_parts)
         self._check_number(self._read()[0])
         text_reduction.check(self.text_reduction, self.vocabulary)
 
