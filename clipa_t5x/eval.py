@@ -180,7 +180,7 @@ def _check(
             "there is nothing to evaluate: EVALUATORS is {} and TRAIN_EVAL_DATASET is None; add a "
             "file of gin/evals, such as --gin_file=gin/evals/imagenet.gin."
         )
-    evaluation.check(model, cfg, eval_cfg, evaluators, partitioner.num_batch_parts())
+    evaluation.check(model, partitioner, cfg, eval_cfg, evaluators)
 
 
 def _bind(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from clipa_t5x import metrics, models
+from clipa_t5x import metrics, models, partitioning
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
@@ -18,19 +18,19 @@ LOSS_GROUP, EVALUATOR_GROUP = "training_eval/", "inference_eval/"
 
 def check(
     model: models.ClipModel,
+    partitioner: partitioning.PjitPartitioner,
     vocabulary_cfg: input_pipeline.DatasetConfig,
     eval_cfg: input_pipeline.DatasetConfig | None,
     evaluators: Mapping[str, evaluator.Evaluator],
-    num_parts: int,
 ) -> None:
     """Refuses, before anything is compiled or loaded, what could not be evaluated.
 
     Args:
       model: to be evaluated.
+      partitioner: whose mesh splits batches.
       vocabulary_cfg: data whose texts have the model's vocabulary; none of them are read.
       eval_cfg: data for the loss, or None.
       evaluators: by name.
-      num_parts: into how many parts the mesh splits the rows of a batch.
 
     Raises:
       UserError: data or a file are missing or damaged, a batch cannot be split, or the vocabulary
@@ -38,7 +38,7 @@ def check(
     """
     for each in (eval_cfg, *evaluators.values()):
         if each is not None:
-            each.check(num_parts)
+            each.check(partitioner.num_batch_parts())
     rows = getattr(model.text_tower, "vocab_size", None)
     size = input_pipeline.vocabulary_size(vocabulary_cfg)
     if rows is not None and size is not None and size > rows:

@@ -89,9 +89,7 @@ def train(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=spec
     )  # fmt: skip
     train_dataset_cfg.check()
-    evaluation.check(
-        model, train_dataset_cfg, train_eval_dataset_cfg, evaluators, partitioner.num_batch_parts()
-    )
+    evaluation.check(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )

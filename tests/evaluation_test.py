@@ -66,13 +66,12 @@ def make_evaluation(bound, cfg, tmp_path):
 
 def test_what_cannot_be_evaluated_is_refused(tmp_path, tiny_model):
     tiny_records.write(tmp_path)
-    cfg = tiny_records.config(
-        tiny_records.task("evaluation_check_test", tmp_path, text_reduction="syntax")
-    )
+    task = tiny_records.task("evaluation_check_test", tmp_path, text_reduction="syntax")
 
-    def check(num_parts=8, **text):
-        model = tiny_model(text=text)
-        evaluation.check(model, cfg, cfg, {"bright": BrightnessAndStop()}, num_parts)
+    def check(batch_size=8, **text):
+        cfg, items = tiny_records.config(task, batch_size), {"bright": BrightnessAndStop()}
+        partitioner = partitioning.PjitPartitioner()
+        evaluation.check(tiny_model(text=text), partitioner, cfg, cfg, items)
 
     with pytest.raises(UserError, match=r"vocab.tags.json.*does not exist"):
         check()
@@ -80,8 +79,8 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, tiny_model):
     check(vocab_size=15)
     with pytest.raises(UserError, match="has 15 pieces and TextTransformer.vocab_size is 14"):
         check(vocab_size=14)
-    with pytest.raises(UserError, match="is 8, which the mesh cannot split into 3 .* such as 9"):
-        check(num_parts=3)
+    with pytest.raises(UserError, match="is 9, which the mesh cannot split into 8 .* such as 16"):
+        check(batch_size=9)
 
 
 def written(model_dir):
