@@ -88,8 +88,7 @@ def train(
     trainer = trainer_cls(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=spec
     )  # fmt: skip
-    train_dataset_cfg.check()
-    evaluation.check(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
+    check_data(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
@@ -194,6 +193,22 @@ def absorb_lost_devices(trainer: trainer_lib.Trainer, start: train_loop.Start) -
         "taken in %d microbatches, with the same result.",
         rows, start.rows_at_once, trainer.num_microbatches,
     )  # fmt: skip
+
+
+def check_data(
+    model: models.ClipModel,
+    partitioner: partitioning.PjitPartitioner,
+    cfg: input_pipeline.DatasetConfig,
+    eval_cfg: input_pipeline.DatasetConfig | None,
+    evaluators: Mapping[str, evaluator.Evaluator],
+) -> None:
+    """Refuses, before anything is compiled, shards and vocabularies that cannot be trained with.
+
+    Raises:
+      UserError: a shard is missing, empty or damaged, or as `evaluation.check`.
+    """
+    cfg.check()
+    evaluation.check(model, partitioner, cfg, eval_cfg, evaluators)
 
 
 def starting_point(
