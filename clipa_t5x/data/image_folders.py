@@ -11,7 +11,7 @@ or goes changes its folder's time, and the index is made anew.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,20 @@ def _folders_in(parent: str, time: int) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
+def num_classes(paths: Sequence[str]) -> int | None:
+    """How many classes the labels of these folders' images tell apart.
+
+    Folders without images count, too; None where the folders lie in several, each of which has
+    labels of its own.
+    """
+    parents = {_parent_and_name(path)[0] for path in paths}
+    return len(_siblings(parents.pop())) if len(parents) == 1 else None
+
+
+def _parent_and_name(path: str) -> tuple[str, str]:
+    return os.path.split(os.path.abspath(path) if is_local(path) else path.rstrip("/"))
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
     """Folders of images; rows of the index are (32 columns of the name's bytes, label).
@@ -99,7 +113,7 @@ class ImageFolder:
         rows = np.zeros((len(short), self.columns), np.int64)
         packed = np.asarray(short, f"S{_NAME_BYTES}")
         rows[:, :_NAME_COLUMNS] = packed.view(np.int64).reshape(-1, _NAME_COLUMNS)
-        parent, own = os.path.split(os.path.abspath(path) if is_local(path) else path.rstrip("/"))
+        parent, own = _parent_and_name(path)
         neighbours = _siblings(parent)
         # A root of images without classes may be hidden, and so no neighbour of its own.
         rows[:, -1] = neighbours.index(own) if own in neighbours else 0

@@ -152,7 +152,7 @@ def num_examples(cfg: DatasetConfig) -> int:
 
 def num_classes(cfg: DatasetConfig) -> int | None:
     """How many classes the labels tell apart, where the data themselves say so."""
-    return tasks.get_source(cfg.mixture_or_task_name).num_classes()
+    return tasks.get_source(cfg.mixture_or_task_name).num_classes(cfg.split)
 
 
 def has_all_captions(cfg: DatasetConfig) -> bool:

@@ -13,14 +13,24 @@ from clipa_t5x.errors import UserError
 NO_CLASS = "-"
 
 
-def read_lines(path: str, what: str) -> list[str]:
-    """The lines of a data file, without empty ones; `what` names them in errors.
+def read_lines(
+    path: str, what: str, *, numbered: bool = False, remedy: str | None = None
+) -> list[str]:
+    """The lines of a data file, without empty ones.
+
+    Args:
+      path: of the file.
+      what: a line is, for errors.
+      numbered: whether lines are referred to by number, so that an empty one above others would
+        shift them: it is refused.
+      remedy: of a missing file; by default, what it should be.
 
     Raises:
-      UserError: the file is missing or empty, is no text, or is absurdly large.
+      UserError: the file is missing or empty, is no text, or is absurdly large; or see `numbered`.
     """
     if not tf.io.gfile.exists(path):
-        raise UserError(f"{what} file {path} does not exist: give a text file, one {what} a line.")
+        remedy = remedy or f"give a text file, one {what} a line."
+        raise UserError(f"{what} file {path} does not exist: {remedy}")
     try:
         text = text_files.read(path, what).decode()
     except UnicodeDecodeError as error:
@@ -28,19 +38,25 @@ def read_lines(path: str, what: str) -> list[str]:
             f"{what} file {path} is no UTF-8 text ({error.reason} at byte {error.start}): give a "
             f"text file, one {what} a line."
         ) from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise UserError(f"{what} file {path} is empty: write one {what} a line.")
-    return lines
+    if numbered and "" in lines:
+        raise UserError(
+            f"line {lines.index('') + 1} of {what} file {path} is empty, and the lines below are "
+            f"counted with it: write one {what} a line, and no line without."
+        )
+    return [line for line in lines if line]
 
 
 def read(class_names_path: str, templates_path: str) -> tuple[list[str], list[str]]:
     """(class names, templates with {} in the place of the name, for which {c} may stand, too).
 
     Raises:
-      UserError: a file is missing or empty, or a template has neither.
+      UserError: a file is missing or empty, a class name's line is empty, or a template has
+        neither.
     """
-    classes = read_lines(class_names_path, "class name")
+    classes = read_lines(class_names_path, "class name", numbered=True)
     templates = read_lines(templates_path, "prompt template")
     for template in templates:
         if "{}" not in template and "{c}" not in template:
@@ -66,10 +82,10 @@ def read_label_map(path: str, num_classes: int) -> list[list[int]]:
       num_classes: lines of the class list.
 
     Raises:
-      UserError: the file is missing or empty, or a line is neither.
+      UserError: the file is missing or empty, or a line is empty or neither.
     """
     classes = []
-    for number, line in enumerate(read_lines(path, "label map")):
+    for number, line in enumerate(read_lines(path, "label map", numbered=True)):
         parts = [] if line == NO_CLASS else line.split()
         if not all(part.isdecimal() and int(part) < num_classes for part in parts):
             raise UserError(

@@ -10,8 +10,8 @@ from clipa_t5x.errors import UserError
 
 def test_a_class_has_its_prompts_side_by_side(tmp_path):
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
-    names.write_text("cat\n  guinea pig \n\nCafé {x}\n", encoding="utf-8")
-    templates.write_text("a photo of a {c}.\r\n{}, a {c}\n")
+    names.write_text("cat\n  guinea pig \nCafé {x}\n\n \n", encoding="utf-8")
+    templates.write_text("a photo of a {c}.\r\n\r\n{}, a {c}\n")
     found = prompts.read(str(names), str(templates))
     assert found == (["cat", "guinea pig", "Café {x}"], ["a photo of a {}.", "{}, a {}"])
     assert prompts.prompts(*found) == [
@@ -83,6 +83,7 @@ def test_label_maps_name_classes(tmp_path):
     assert prompts.read_label_map(str(path), 5) == [[2], [], [0, 4]]
     for text, part in (("2\n5\n", "line 2 of label map file .* is '5'"), ("1,2\n", "'1,2'"),
                        ("cat\n", "'cat'"), ("-1\n", "'-1'"), ("-\n-\n", "names no class"),
+                       ("1\n\n2\n", "line 2 of label map file .* is empty"),
                        ("", "is empty")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(UserError, match=part):
@@ -105,6 +106,9 @@ def test_what_is_not_there_is_named(tmp_path):
     refused(names, templates, templates, "prompt template file", "does not exist")
     templates.write_text("\n \n")
     refused(names, templates, templates, "is empty")
+    names.write_text("cat\n\ndog\n")
+    refused(names, templates, "line 2 of class name file", names, "is empty, and the lines below")
+    names.write_text("cat\n")
     templates.write_text("a {}\na photo of a cat\n")
     refused(names, templates, templates, "'a photo of a cat'", "has no {}")
     names.write_text("")
