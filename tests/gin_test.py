@@ -71,7 +71,9 @@ def test_the_folder_does_not_shadow_the_gin_library():
     ("imagenet_variants", ["r"], ["EVALUATORS = {'r': @imagenet_r/ZeroShotClassification()}"]),
     ("retrieval", ["coco", "flickr30k"], ["MAX_CAPTIONS = 3"]),
     ("few_shot", ["few_shot"], ["SHOTS = (2,)"]),
-    ("clip_benchmark", ["clip_benchmark"], ["CLIP_BENCHMARK_DIR = 'data/vtab_cifar10'"]),
+    ("coco", ["coco"], ["COCO_DIR = 'elsewhere'"]), ("flickr30k", ["flickr30k"], []),
+    ("clip_benchmark", ["wds_cifar10"], ["CLIP_BENCHMARK_DIR = 'data/wds_cifar10'"]),
+    ("clip_benchmark", ["a", "b"], ["CLIP_BENCHMARK_DIRS = ['data/a', 'data/b']"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("base", [
     experiments.GIN / "digits_stage3.gin", experiments.GIN / "H14_stage1.gin",
@@ -91,8 +93,8 @@ def test_evaluations_go_with_any_experiment(base, name, evaluators, bindings):
         assert extended[key] == plain[key]
     found = [getattr(item, "dataset_cfg", None) for item in extended["evaluators"].values()]
     names = [cfg.mixture_or_task_name for cfg in found if cfg]
-    expected = {"imagenet_variants": evaluators if len(evaluators) > 1 else ["imagenet_r"],
-                "retrieval": evaluators}  # fmt: skip
-    assert names == expected.get(name, [])
-    if name == "retrieval":
+    retrieval = name in ("retrieval", "coco", "flickr30k")
+    expected = {"imagenet_variants": evaluators if len(evaluators) > 1 else ["imagenet_r"]}
+    assert names == expected.get(name, evaluators if retrieval else [])
+    if retrieval:
         assert all(input_pipeline.has_all_captions(cfg) for cfg in found)

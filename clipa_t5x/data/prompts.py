@@ -9,13 +9,12 @@ import tensorflow as tf
 from clipa_t5x.data import preprocessors, text_files, text_reduction, vocabularies
 from clipa_t5x.errors import UserError
 
+_CLASS_NAME, _TEMPLATE = "class name", "prompt template"
 # Of a label map: a label that stands for no class.
 NO_CLASS = "-"
 
 
-def read_lines(
-    path: str, what: str, *, numbered: bool = False, remedy: str | None = None
-) -> list[str]:
+def read_lines(path: str, what: str, *, numbered: bool = False) -> list[str]:
     """The lines of a data file, without empty ones.
 
     Args:
@@ -23,14 +22,15 @@ def read_lines(
       what: a line is, for errors.
       numbered: whether lines are referred to by number, so that an empty one above others would
         shift them: it is refused.
-      remedy: of a missing file; by default, what it should be.
 
     Raises:
       UserError: the file is missing or empty, is no text, or is absurdly large; or see `numbered`.
     """
     if not tf.io.gfile.exists(path):
-        remedy = remedy or f"give a text file, one {what} a line."
-        raise UserError(f"{what} file {path} does not exist: {remedy}")
+        raise UserError(
+            f"{what} file {path} does not exist: give a text file, one {what} a line"
+            f"{_written(what)}."
+        )
     try:
         text = text_files.read(path, what).decode()
     except UnicodeDecodeError as error:
@@ -49,6 +49,13 @@ def read_lines(
     return [line for line in lines if line]
 
 
+def _written(what: str) -> str:
+    """Where files of a kind come from, for those who lack one."""
+    if what in (_CLASS_NAME, _TEMPLATE):
+        return "; python -m clipa_t5x.data.build prompts writes ImageNet's"
+    return ""
+
+
 def read(class_names_path: str, templates_path: str) -> tuple[list[str], list[str]]:
     """(class names, templates with {} in the place of the name, for which {c} may stand, too).
 
@@ -56,8 +63,8 @@ def read(class_names_path: str, templates_path: str) -> tuple[list[str], list[st
       UserError: a file is missing or empty, a class name's line is empty, or a template has
         neither.
     """
-    classes = read_lines(class_names_path, "class name", numbered=True)
-    templates = read_lines(templates_path, "prompt template")
+    classes = read_lines(class_names_path, _CLASS_NAME, numbered=True)
+    templates = read_lines(templates_path, _TEMPLATE)
     for template in templates:
         if "{}" not in template and "{c}" not in template:
             raise UserError(

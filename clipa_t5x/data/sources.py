@@ -182,8 +182,9 @@ class ImageTextSource(seqio.DataSource):
             known = " of a known format" if found else ""
             raise UserError(
                 f"data set directory {self._data_dir} {_what_is_there(self._data_dir)}: no file"
-                f"{known} matches {pattern}. Set DATA_DIR to where the shards are and DATA_SPLITS "
-                "to their patterns, or write them (python -m clipa_t5x.data.build)."
+                f"{known} matches {pattern}. Set the task's data_dir (DATA_DIR, or an evaluation's "
+                "own, such as COCO_DIR) to where the shards are and its splits (DATA_SPLITS) to "
+                "their patterns, or write them (python -m clipa_t5x.data.build)."
             )
         return shards, shard_format
 
@@ -234,8 +235,9 @@ class ImageTextSource(seqio.DataSource):
                 raise UserError(f"the first records of {index.shards[0]} are damaged: {first[0]}.")
             raise UserError(
                 f"the records of {index.shards[0]} have no field {name!r}; their fields are "
-                f"{', '.join(shard_formats.field_names(present)) or 'none'}: set IMAGE_KEY, "
-                "CAPTION_KEY or the task's label_key to one of them."
+                f"{', '.join(shard_formats.field_names(present)) or 'none'}: set the "
+                "task's image_key, caption_key or label_key (IMAGE_KEY, CAPTION_KEY, or an "
+                "evaluation's own macro, such as FEW_SHOT_IMAGE_KEY) to one of them."
             )
 
     def feature_names(self) -> Sequence[str]:
