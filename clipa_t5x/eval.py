@@ -91,6 +91,7 @@ def watch(
     train_dataset_cfg: input_pipeline.DatasetConfig,
     train_eval_dataset_cfg: input_pipeline.DatasetConfig | None,
     evaluators: Mapping[str, evaluator.Evaluator],
+    checkpoint_cfg: checkpoints.CheckpointConfig,
     model_dir: str,
     total_steps: int,
     patience: evaluation_watch.Patience,
@@ -98,6 +99,7 @@ def watch(
 ) -> None:
     """Evaluates every complete checkpoint of a run once, as training would, until it is completed.
 
+    Of each, what neither training nor an earlier watch, with other evaluators, has evaluated.
     Results are in `MODEL_DIR/evaluations/<step>.json`, see `evaluation_records`, and TensorBoard's.
 
     Args:
@@ -107,6 +109,7 @@ def watch(
       train_dataset_cfg: as for `train.train`.
       train_eval_dataset_cfg: as for `train.train`.
       evaluators: as for `train.train`.
+      checkpoint_cfg: as for `train.train`.
       model_dir: of the run, which need not have begun.
       total_steps: as for `train.train`; after the last, evaluators leave what is not a number.
       patience: how to wait.
@@ -138,10 +141,12 @@ def watch(
         evaluation_watch.Watch(
             model_dir,
             trainer.abstract_state.params,
-            lambda step, params: run_all(step, params, last=step == total_steps),
+            run_all.groups(),
+            lambda step, params, groups: run_all.run(step, params, step == total_steps, groups),
             writer,
             stop,
             check_lease,
+            checkpoint_cfg.save.period,
         ).run(patience)
 
 
