@@ -147,10 +147,10 @@ def tokenize_around_names(
     words = vocabulary.words_tf(tf.constant(texts))
     named = [
         _is_between(whole, *around)
-        for whole, *around in zip(words.to_list(), before, after, strict=True)
+        for whole, *around in zip(_word_lists(words), before, after, strict=True)
     ]
     seeds = np.stack([np.zeros(len(texts), np.int64), np.arange(len(texts))], axis=1)
-    mask = words.with_values(tf.constant([*itertools.chain(*named)], tf.bool))
+    mask = words.with_values(tf.constant(np.array([*itertools.chain(*named)], bool)))
     kept = text_reduction.reduce_others(
         words,
         mask,
@@ -165,8 +165,23 @@ def tokenize_around_names(
     return ids
 
 
-def _words(texts: Sequence[str], vocabulary: vocabularies.BertVocabulary) -> list[list[list[int]]]:
-    return vocabulary.words_tf(tf.constant(texts)).to_list()
+def _words(texts: Sequence[str], vocabulary: vocabularies.BertVocabulary) -> list[list[bytes]]:
+    unique = dict.fromkeys(texts)
+    found = _word_lists(vocabulary.words_tf(tf.constant([*unique])))
+    by_text = dict(zip(unique, found, strict=True))
+    return [by_text[text] for text in texts]
+
+
+def _word_lists(words: tf.RaggedTensor) -> list[list[bytes]]:
+    """The words of every text, each as the bytes of its pieces' ids.
+
+    A ragged tensor's own `to_list` runs several TensorFlow operations for each of them.
+    """
+    ids = words.flat_values.numpy()
+    data, size = ids.tobytes(), ids.itemsize
+    pieces, rows = words.values.row_splits.numpy().tolist(), words.row_splits.numpy().tolist()
+    flat = [data[size * a : size * b] for a, b in itertools.pairwise(pieces)]
+    return [flat[a:b] for a, b in itertools.pairwise(rows)]
 
 
 def _is_between(words: Sequence, before: Sequence, after: Sequence) -> list[bool]:
