@@ -53,8 +53,8 @@ def folders(root: str) -> list[str]:
     return sorted(found)
 
 
-def _siblings(parent: str) -> list[str]:
-    """Names of the folders in a folder, sorted."""
+def class_names(parent: str) -> list[str]:
+    """Names of the folders in a folder, sorted: a class's place is its images' label."""
     # By its time as well, so that thousands of classes are listed once, and a new one is seen.
     return _folders_in(parent, os.stat(parent).st_mtime_ns if is_local(parent) else 0)
 
@@ -78,7 +78,7 @@ def num_classes(paths: Sequence[str]) -> int | None:
     labels of its own.
     """
     parents = {_parent_and_name(path)[0] for path in paths}
-    return len(_siblings(parents.pop())) if len(parents) == 1 else None
+    return len(class_names(parents.pop())) if len(parents) == 1 else None
 
 
 def _parent_and_name(path: str) -> tuple[str, str]:
@@ -114,7 +114,7 @@ class ImageFolder:
         packed = np.asarray(short, f"S{_NAME_BYTES}")
         rows[:, :_NAME_COLUMNS] = packed.view(np.int64).reshape(-1, _NAME_COLUMNS)
         parent, own = _parent_and_name(path)
-        neighbours = _siblings(parent)
+        neighbours = class_names(parent)
         # A root of images without classes may be hidden, and so no neighbour of its own.
         rows[:, -1] = neighbours.index(own) if own in neighbours else 0
         return Scan(rows, problem)
