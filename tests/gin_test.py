@@ -7,6 +7,7 @@ import pytest
 
 from clipa_t5x import gin_utils, schedule
 from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UserError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gin"
 STAGE_FILES = sorted(p.stem for p in experiments.GIN.glob("*_stage*.gin"))
@@ -42,6 +43,14 @@ def test_schedules_name_their_stages_in_order(name):
     numbers = [int(stage.removesuffix(".gin").rpartition("_stage")[2]) for stage in stages]
     assert numbers in ([1, 2], [1, 2, 3]) and stages[0] == f"gin/{name}_stage1.gin"
     assert all((experiments.REPOSITORY / stage).exists() for stage in stages)
+
+
+def test_a_schedule_is_no_experiment():
+    files = [str(experiments.GIN / "digits.gin")]
+    with pytest.raises(
+        UserError, match="a schedule of several stages.* give the file of one stage"
+    ):
+        gin_utils.parse(files, ["MODEL_DIR = '/m'"], [str(experiments.GIN)], root=experiments.TRAIN)
 
 
 def test_every_stage_belongs_to_a_schedule():
