@@ -7,7 +7,9 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import logging
+from etils import epath
 
 from clipa_t5x import (
     checkpoints,
@@ -24,7 +26,7 @@ from clipa_t5x import (
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, storage_errors
 from clipa_t5x.evaluators import evaluator
 
 
@@ -34,44 +36,51 @@ def evaluate(
     optimizer: optimizers.Optimizer,
     partitioner: partitioning.PjitPartitioner,
     train_dataset_cfg: input_pipeline.DatasetConfig,
+    train_eval_dataset_cfg: input_pipeline.DatasetConfig | None,
     evaluators: Mapping[str, evaluator.Evaluator],
     model_dir: str,
     checkpoint: str | None = None,
     **_: Any,
 ) -> dict[str, Mapping[str, float]]:
-    """Runs a configuration's evaluators on a checkpoint.
+    """Evaluates a checkpoint: the loss on held-out data, and every evaluator.
 
     Args:
       model: as for `train.train`.
       optimizer: as for `train.train`.
       partitioner: as for `train.train`.
-      train_dataset_cfg: as for `train.train`.
+      train_dataset_cfg: as for `train.train`; none of the data are read.
+      train_eval_dataset_cfg: as for `train.train`.
       evaluators: as for `train.train`.
       model_dir: of the run.
       checkpoint: a MODEL_DIR, one checkpoint's folder, or a file of parameters; None takes the
         newest in `model_dir`. Results are written (`metrics.jsonl`, TensorBoard) to the MODEL_DIR
-        that holds it, those of a file to `model_dir`, as of step 0.
+        that holds it, those of a file to `model_dir`, made if it is missing, as of step 0.
       **_: the other arguments of `train.train`, which are not used.
 
     Returns:
-      Each evaluator's metrics, by its name.
+      Values by group, as in `metrics.jsonl`.
 
     Raises:
-      UserError: there is no complete checkpoint, or it is of another model.
+      UserError: there is no complete checkpoint, or it is of another model; there is nothing to
+        evaluate, or as `evaluation.check`.
     """
+    _check_folder(model_dir)
     trainer, layout = _bind(model, optimizer, partitioner, train_dataset_cfg)
+    _check(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     loaded = stage_handover.load_params(
         checkpoint or model_dir, trainer.abstract_state.params, model=model
     )
     source, step = loaded.model_dir or model_dir, loaded.step
     logging.info("Evaluating %s after step %d.", source, step)
-    writer = metrics.MetricsWriter(source)
-    # The gallery is the run's last word: an earlier checkpoint leaves it.
-    gallery_dir = source if step == max(checkpoints.all_steps(source), default=0) else None
-    embed = evaluation.embed_functions(trainer, layout)
-    results = evaluation.run_evaluators(evaluators, loaded.params, embed, writer, step, gallery_dir)
-    writer.close()
-    return results
+    if jax.process_index() == 0:
+        _make_folder(source)
+    with contextlib.closing(metrics.MetricsWriter(source)) as writer:
+        run_all = evaluation.Evaluation(
+            trainer, layout, train_eval_dataset_cfg, evaluators, writer, source
+        )
+        # The gallery is the run's last word: an earlier checkpoint leaves it.
+        last = step == max(checkpoints.all_steps(source), default=0)
+        return run_all.run(step, loaded.params, last)
 
 
 def watch(
@@ -82,6 +91,7 @@ def watch(
     train_dataset_cfg: input_pipeline.DatasetConfig,
     train_eval_dataset_cfg: input_pipeline.DatasetConfig | None,
     evaluators: Mapping[str, evaluator.Evaluator],
+    checkpoint_cfg: checkpoints.CheckpointConfig,
     model_dir: str,
     total_steps: int,
     patience: evaluation_watch.Patience,
@@ -89,6 +99,7 @@ def watch(
 ) -> None:
     """Evaluates every complete checkpoint of a run once, as training would, until it is completed.
 
+    Of each, what neither training nor an earlier watch, with other evaluators, has evaluated.
     Results are in `MODEL_DIR/evaluations/<step>.json`, see `evaluation_records`, and TensorBoard's.
 
     Args:
@@ -98,6 +109,7 @@ def watch(
       train_dataset_cfg: as for `train.train`.
       train_eval_dataset_cfg: as for `train.train`.
       evaluators: as for `train.train`.
+      checkpoint_cfg: as for `train.train`.
       model_dir: of the run, which need not have begun.
       total_steps: as for `train.train`; after the last, evaluators leave what is not a number.
       patience: how to wait.
@@ -105,14 +117,12 @@ def watch(
 
     Raises:
       RestartError: it was asked to stop, or nothing new came for too long.
-      UserError: another watch is on this MODEL_DIR, or see `evaluation_watch.Watch.run`.
+      UserError: another watch is on this MODEL_DIR, or as `evaluate` and
+        `evaluation_watch.Watch.run`.
     """
-    if not model_dir:
-        raise UserError("MODEL_DIR is empty: name that of the run to watch.")
-    for each in (train_eval_dataset_cfg, *evaluators.values()):
-        if each is not None:
-            each.check()
+    _check_folder(model_dir)
     trainer, layout = _bind(model, optimizer, partitioner, train_dataset_cfg)
+    _check(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.stop_requests())
         folder = evaluation_watch.lease_folder(model_dir)
@@ -131,11 +141,51 @@ def watch(
         evaluation_watch.Watch(
             model_dir,
             trainer.abstract_state.params,
-            lambda step, params: run_all(step, params, last=step == total_steps),
+            run_all.groups(),
+            lambda step, params, groups: run_all.run(step, params, step == total_steps, groups),
             writer,
             stop,
             check_lease,
+            checkpoint_cfg.save.period,
         ).run(patience)
+
+
+def _check_folder(model_dir: str) -> None:
+    if not model_dir:
+        raise UserError("MODEL_DIR is empty: name that of the run to evaluate.")
+    if epath.Path(model_dir).is_file():
+        raise UserError(f"MODEL_DIR {model_dir} is a file: name a folder, existing or not.")
+
+
+def _make_folder(model_dir: str) -> None:
+    """Made before there is something to write there, which may take hours to find.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    try:
+        epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
+    except storage_errors() as error:
+        raise UserError(
+            f"MODEL_DIR {model_dir} cannot be made ({error}): name a folder that can, for the "
+            "results."
+        ) from error
+
+
+def _check(
+    model: models.ClipModel,
+    partitioner: partitioning.PjitPartitioner,
+    cfg: input_pipeline.DatasetConfig,
+    eval_cfg: input_pipeline.DatasetConfig | None,
+    evaluators: Mapping[str, evaluator.Evaluator],
+) -> None:
+    """Refuses what could not be evaluated, before anything is loaded; see `evaluation.check`."""
+    if eval_cfg is None and not evaluators:
+        raise UserError(
+            "there is nothing to evaluate: EVALUATORS is {} and TRAIN_EVAL_DATASET is None; add a "
+            "file of gin/evals, such as --gin_file=gin/evals/imagenet.gin."
+        )
+    evaluation.check(model, partitioner, cfg, eval_cfg, evaluators)
 
 
 def _bind(

@@ -1,16 +1,51 @@
 """All evaluations of a run: the loss on held-out data, and every evaluator."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 from absl import logging
 
-from clipa_t5x import metrics
+from clipa_t5x import metrics, models, partitioning
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
+
+LOSS_GROUP, EVALUATOR_GROUP = "training_eval/", "inference_eval/"
+
+
+def check(
+    model: models.ClipModel,
+    partitioner: partitioning.PjitPartitioner,
+    vocabulary_cfg: input_pipeline.DatasetConfig,
+    eval_cfg: input_pipeline.DatasetConfig | None,
+    evaluators: Mapping[str, evaluator.Evaluator],
+) -> None:
+    """Refuses, before anything is compiled or loaded, what could not be evaluated.
+
+    Args:
+      model: to be evaluated.
+      partitioner: whose mesh splits batches.
+      vocabulary_cfg: data whose texts have the model's vocabulary; none of them are read.
+      eval_cfg: data for the loss, or None.
+      evaluators: by name.
+
+    Raises:
+      UserError: data or a file are missing or damaged, a batch cannot be split, or the vocabulary
+        has more ids than the token table has rows, which jax would clamp.
+    """
+    for each in (eval_cfg, *evaluators.values()):
+        if each is not None:
+            each.check(partitioner.num_batch_parts())
+    rows = getattr(model.text_tower, "vocab_size", None)
+    size = input_pipeline.vocabulary_size(vocabulary_cfg)
+    if rows is not None and size is not None and size > rows:
+        raise UserError(
+            f"the vocabulary has {size} pieces and TextTransformer.vocab_size is {rows}: set "
+            f"vocab_size to at least {size}, or VOCABULARY_PATH to a smaller vocabulary."
+        )
 
 
 @dataclasses.dataclass
@@ -38,19 +73,38 @@ class Evaluation:
 
     def __call__(self, step: int, params: Any, last: bool) -> dict[str, float]:
         """Evaluates, writes, and returns every value as 'group/value'."""
-        results = {}
-        cfg = self.train_eval_dataset_cfg
-        if cfg is not None:
-            group = f"training_eval/{cfg.mixture_or_task_name}"
-            results[group] = eval_loss(self.trainer, self.layout, cfg, params, self.before_batch)
-            self.writer.write(step, group, results[group])
-        embed = embed_functions(self.trainer, self.layout, self.before_batch)
-        output_dir = self.model_dir if last else None
-        inferred = run_evaluators(self.evaluators, params, embed, self.writer, step, output_dir)
-        results.update({f"inference_eval/{name}": values for name, values in inferred.items()})
+        results = self.run(step, params, last)
         return {
             f"{g}/{key}": float(v) for g, values in results.items() for key, v in values.items()
         }
+
+    def groups(self) -> list[str]:
+        """What is evaluated: 'training_eval/<task>' for the loss, 'inference_eval/<evaluator>'."""
+        cfg = self.train_eval_dataset_cfg
+        loss = [] if cfg is None else [f"{LOSS_GROUP}{cfg.mixture_or_task_name}"]
+        return [*loss, *(f"{EVALUATOR_GROUP}{name}" for name in self.evaluators)]
+
+    def run(
+        self, step: int, params: Any, last: bool, groups: Collection[str] | None = None
+    ) -> dict[str, Mapping[str, float]]:
+        """Evaluates what `groups` names, by default all; writes and returns values by group."""
+        embed = embed_functions(self.trainer, self.layout, self.before_batch)
+        results: dict[str, Mapping[str, float]] = {}
+        for group in self.groups():
+            if groups is not None and group not in groups:
+                continue
+            cfg = self.train_eval_dataset_cfg
+            if cfg is not None and group.startswith(LOSS_GROUP):
+                values = eval_loss(self.trainer, self.layout, cfg, params, self.before_batch)
+            else:
+                item = self.evaluators[group.removeprefix(EVALUATOR_GROUP)]
+                values = item.evaluate(params, embed, self.model_dir if last else None)
+            results[group] = values
+            self.writer.write(step, group, values)
+            name = "of the loss" if group.startswith(LOSS_GROUP) else group.split("/", 1)[1]
+            text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            logging.info("Evaluation %s after step %d: %s", name, step, text)
+        return results
 
 
 def embed_functions(
@@ -70,24 +124,6 @@ def embed_functions(
     return evaluator.EmbedFunctions(
         announced(trainer.embed_images), announced(trainer.embed_text), layout
     )
-
-
-def run_evaluators(
-    evaluators: Mapping[str, evaluator.Evaluator],
-    params: Any,
-    embed: evaluator.EmbedFunctions,
-    writer: metrics.MetricsWriter,
-    step: int,
-    output_dir: str | None,
-) -> dict[str, Mapping[str, float]]:
-    """Runs each evaluator, writes its values under 'inference_eval/<name>' and returns them."""
-    results = {}
-    for name, item in evaluators.items():
-        results[name] = item.evaluate(params, embed, output_dir)
-        writer.write(step, f"inference_eval/{name}", results[name])
-        text = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items())
-        logging.info("Evaluation %s after step %d: %s", name, step, text)
-    return results
 
 
 def eval_loss(

@@ -4,11 +4,13 @@
 
 `results` has the values of every group, as lines of `metrics.jsonl` have them. Training writes
 those lines, and object stores know no appending: what another process finds goes into files of its
-own, each written once, when all evaluations of its checkpoint are done. Half a file is none.
+own, each written when all evaluations of its checkpoint are done, and again where more evaluators
+are asked for. Half a file is none.
 
 Standard library only, as `run_history` is.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -42,6 +44,20 @@ class Evaluation:
                 if f"{group}/{key}" == name:
                     return value
         return None
+
+
+def groups_in_metrics(text: str) -> dict[int, set[str]]:
+    """The groups of evaluation that the lines of a `metrics.jsonl` have, by step."""
+    found: dict[int, set[str]] = {}
+    for line in text.splitlines():
+        if "eval/" not in line:
+            continue
+        # A resumed run appends its first line to one that a kill tore.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            record = json.loads(line[line.rfind('{"step"') :])
+            if record["group"].startswith(("training_eval/", "inference_eval/")):
+                found.setdefault(int(record["step"]), set()).add(record["group"])
+    return found
 
 
 def file_name(step: int) -> str:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -18,6 +18,7 @@ from clipa_t5x import (
     evaluation_records,
     metrics,
     preemption,
+    run_history,
     run_summary,
     stage_handover,
     stage_info,
@@ -47,26 +48,39 @@ class RecordWriter(metrics.MetricsWriter):
         self._results[group] = {name: float(value) for name, value in values.items()}
 
     def finish(self, step: int) -> None:
-        """Writes all that was kept; the step counts as evaluated from here on.
+        """Writes all that was kept, beside what is there: it counts as evaluated from here on.
 
         Raises:
           UserError: the record cannot be written.
         """
-        record = evaluation_records.Evaluation(step, time.time(), self._results)
-        self._results = {}
+        results, self._results = self._results, {}
         if not self._active:
             return
-        for group, values in record.results.items():
+        for group, values in results.items():
             self.write_events(step, group, values)
         self.flush()
         path = epath.Path(self._model_dir) / evaluation_records.file_name(step)
         try:
+            earlier = read_record(self._model_dir, step)
+            results = {**(earlier.results if earlier else {}), **results}
+            record = evaluation_records.Evaluation(step, time.time(), results)
             path.write_text(record.to_json())
         except storage_errors() as error:
             raise UserError(
                 f"{path} cannot be written ({error}): mend that and start again; this evaluation "
                 "is done anew."
             ) from error
+
+
+def read_record(model_dir: str, step: int) -> evaluation_records.Evaluation | None:
+    """What an earlier watch found of a step; None where that is nothing, or half a file.
+
+    Raises:
+      storage_errors(): it cannot be read.
+    """
+    path = epath.Path(model_dir) / evaluation_records.file_name(step)
+    record = evaluation_records.parse(path.read_text()) if path.exists() else None
+    return record if record is not None and record.step == step else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,32 +109,40 @@ class Patience:
 class Watch:
     """Evaluates every complete checkpoint of a MODEL_DIR once, the oldest first.
 
-    All processes do the same at the same time.
+    Of each, what neither an earlier watch nor training has evaluated. All processes do the same at
+    the same time.
     """
 
     def __init__(
         self,
         model_dir: str,
         abstract_params: Any,
-        evaluate: Callable[[int, Any], Any],
+        groups: Sequence[str],
+        evaluate: Callable[[int, Any, Sequence[str]], Any],
         writer: RecordWriter,
         stop: preemption.StopRequest,
         check_lease: Callable[[], None] = lambda: None,
+        save_period: int | None = None,
     ):
         """Looks at nothing yet.
 
         Args:
           model_dir: of the run.
           abstract_params: how parameters are laid out.
-          evaluate: (step, parameters) -> None, writing to `writer`.
+          groups: all that is to be evaluated, as of `evaluation.Evaluation.groups`.
+          evaluate: (step, parameters, which of the groups) -> None, writing to `writer`.
           writer: of records.
           stop: asks whether to end.
           check_lease: called before a record is written; raises where another watch has taken over.
+          save_period: steps between checkpoints, to tell of those that came and went unseen.
         """
         self._model_dir, self._abstract_params = model_dir, abstract_params
-        self._evaluate, self._writer = evaluate, writer
+        self._groups, self._evaluate, self._writer = groups, evaluate, writer
         self._stop, self._check_lease = stop, check_lease
+        self._save_period = save_period
         self._there: list[int] = []
+        self._gone: set[int] = set()
+        self._by_training: dict[int, set[str]] | None = None
         self._evaluated: set[int] = set()
         self._passed_over: set[int] = set()
         self._news = time.monotonic()
@@ -137,7 +159,7 @@ class Watch:
             self._leave_if_asked()
             seen = json.loads(agreement.same_for_all("evaluation_watch", self._look))
             if seen["due"] is not None:
-                self._evaluate_step(seen["due"])
+                self._evaluate_step(seen["due"], seen["groups"])
             elif seen["completed"]:
                 logging.info("%s is completed: nothing is left to evaluate.", self._model_dir)
                 return
@@ -145,15 +167,21 @@ class Watch:
                 self._wait(patience, seen["silence"])
 
     def _look(self) -> str:
-        """On process 0: the next step to evaluate, whether training is done, seconds of silence."""
-        due, completed = None, False
+        """On process 0: what to evaluate next, whether training is done, seconds of silence."""
+        due, groups, completed = None, [], False
+        self._by_training = None
         try:
             # In this order: what comes after a run is completed is not to be missed.
             completed = stage_info.is_completed(self._model_dir)
             there = checkpoint_folders.complete_steps(self._model_dir)
+            self._tell_of_missed(there)
             # Who is gone and comes back is another one.
             self._passed_over &= set(there)
-            due = next((step for step in there if not self._is_done(step)), None)
+            for due in there:
+                if groups := self._groups_due(due):
+                    break
+            else:
+                due = None
         except storage_errors() as error:
             completed = False
             logging.warning("Cannot look at %s (%s): will try again.", self._model_dir, error)
@@ -162,27 +190,56 @@ class Watch:
                 self._news = time.monotonic()
             self._there = there
         silence = time.monotonic() - self._news
-        return json.dumps({"due": due, "completed": completed, "silence": silence})
+        return json.dumps(
+            {"due": due, "groups": groups, "completed": completed, "silence": silence}
+        )
 
-    def _is_done(self, step: int) -> bool:
+    def _groups_due(self, step: int) -> list[str]:
+        """What is still to be evaluated of a step; told in the log where some is there."""
         if step in self._evaluated or step in self._passed_over:
-            return True
-        path = epath.Path(self._model_dir) / evaluation_records.file_name(step)
-        record = evaluation_records.parse(path.read_text()) if path.exists() else None
-        if record is None or record.step != step:
-            return False
-        logging.info("The evaluation after step %d is there already.", step)
-        self._evaluated.add(step)
-        return True
+            return []
+        due = self._groups_missing(step)
+        if not due:
+            logging.info("The evaluation after step %d is there already.", step)
+            self._evaluated.add(step)
+        elif len(due) < len(self._groups):
+            logging.info("Of the evaluation after step %d, %s is missing.", step, ", ".join(due))
+        return due
 
-    def _evaluate_step(self, step: int) -> None:
+    def _groups_missing(self, step: int) -> list[str]:
+        record = read_record(self._model_dir, step)
+        done = set(record.results) if record else set()
+        if not done.issuperset(self._groups):
+            if self._by_training is None:  # once a look, as there may be many steps
+                path = epath.Path(self._model_dir) / run_history.METRICS_FILE
+                text = path.read_text() if path.exists() else ""
+                self._by_training = evaluation_records.groups_in_metrics(text)
+            done |= self._by_training.get(step, set())
+        return [group for group in self._groups if group not in done]
+
+    def _tell_of_missed(self, there: Sequence[int]) -> None:
+        """Warns of checkpoints that are gone and were not evaluated."""
+        period, last = self._save_period, there[-1] if there else 0
+        expected = range(period, last, period) if period else ()
+        gone = {*expected, *self._there} - {*there, *self._passed_over, *self._gone}
+        missed = [s for s in sorted(gone) if s not in self._evaluated and self._groups_missing(s)]
+        self._gone |= gone
+        if missed:
+            some = ", ".join(map(str, missed[:10])) + (", ..." if len(missed) > 10 else "")
+            logging.warning(
+                "%d checkpoints of %s were removed before they were evaluated, of steps %s: a "
+                "greater KEEP_CHECKPOINTS, or KEEP_CHECKPOINT_PERIOD, leaves time for it.",
+                len(missed), self._model_dir, some,
+            )  # fmt: skip
+
+    def _evaluate_step(self, step: int, groups: Sequence[str]) -> None:
         began = time.monotonic()
         params = self._load(step)
         if params is None:
             self._passed_over.add(step)
             return
         try:
-            self._evaluate(step, params)
+            self._evaluate(step, params, groups)
         except supervision.StopRequestedError:
             raise self._stopped() from None
         self._check_lease()
@@ -211,6 +268,7 @@ class Watch:
         is_there = lambda: "yes" if checkpoint_folders.is_complete(folder) else ""  # noqa: E731
         if not agreement.same_for_all("evaluation_there", is_there):
             logging.warning("%s was removed before it was evaluated: it is left out.", folder)
+            self._gone.add(step)
             return None
         if damage:
             logging.warning("%s is left out, for it is damaged: %s.", folder, damage)

@@ -108,6 +108,16 @@ def references(value: Any) -> Iterator[config.ConfigurableReference]:
             yield from references(item)
 
 
+def unreferred(spelling: str, hint: str) -> str:
+    """What is to be said of a configurable that nothing calls."""
+    if spelling == "schedule.Schedule":
+        return (
+            "this is a schedule of several stages, for `clipa_t5x schedule`: give the file of one "
+            "stage, such as gin/digits_stage1.gin, or the config.gin in its MODEL_DIR."
+        )
+    return f"{spelling} is configured but nothing refers to it.{hint}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean X?` for the known name nearest to `name`, or nothing."""
     candidates = sorted(set(known) - {name})

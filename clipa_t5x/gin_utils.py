@@ -362,7 +362,7 @@ def _explain_dead(binding: Binding, calls: Iterable[_Call], parsed: _Parsed) -> 
             if (other.scope, other.selector) in calls and other.selector != MACRO
         ]
         hint = gin_statements.did_you_mean(binding.spelling.split(".")[-1], used)
-        return f"{binding.spelling} is configured but nothing refers to it.{hint}"
+        return gin_statements.unreferred(binding.spelling, hint)
     opened = {outer for scope, _ in calls for outer in _outer_scopes(scope)} - {""}
     if binding.scope not in opened:
         hint = gin_statements.did_you_mean(binding.scope, opened)

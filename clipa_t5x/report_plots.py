@@ -47,6 +47,8 @@ _MAX_OTHERS = 24
 
 # Retrieval: (kind, k) of `recall_at_5`, `text_to_image_recall_at_5`, `R@5`.
 _RECALL = re.compile(r"(.*?)(?:recall(?:_at_|@)|[rR]@)(\d+)")
+# As all accuracies of evaluators, and their like: in 0..1.
+_SHARE = re.compile(r"(\w+_)?(accuracy|recall|precision)(_\w+)?")
 
 _Segments = list[list[tuple[float, float]]]
 
@@ -186,9 +188,12 @@ def _others(view: _View) -> list[_Plot]:
         if not _RECALL.fullmatch(value)
     ]
     return [
-        _Plot(f"other{index}", label(value.replace("_", " ").capitalize()), series, small=True)
+        _Plot(
+            f"other{index}", label(value.replace("_", " ").capitalize()), series, small=True,
+            percent=bool(share := _SHARE.fullmatch(value)), from_zero=bool(share),
+        )
         for index, (value, series) in enumerate(found[:_MAX_OTHERS])
-    ]
+    ]  # fmt: skip
 
 
 def curves(histories: Sequence[run_history.RunHistory], names: Sequence[str] = ("",)) -> str:

@@ -14,7 +14,7 @@ from clipa_t5x import run_history, wall_time
 MISSING = "-"
 
 # Values that say how something was measured, and not how it went.
-NO_METRICS = frozenset({"samples", "num_examples", "seconds"})
+NO_METRICS = frozenset({"samples", "num_examples", "num_images", "num_captions", "seconds"})
 
 # More evaluations than these have a table of their own: no line holds the 38 of clip_benchmark.
 _MOST_EVALUATIONS_IN_LINE = 4

@@ -88,7 +88,7 @@ def train(
     trainer = trainer_cls(
         model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=spec
     )  # fmt: skip
-    check_data(model, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
+    check_data(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
@@ -197,6 +197,7 @@ def absorb_lost_devices(trainer: trainer_lib.Trainer, start: train_loop.Start) -
 
 def check_data(
     model: models.ClipModel,
+    partitioner: partitioning.PjitPartitioner,
     cfg: input_pipeline.DatasetConfig,
     eval_cfg: input_pipeline.DatasetConfig | None,
     evaluators: Mapping[str, evaluator.Evaluator],
@@ -204,20 +205,10 @@ def check_data(
     """Refuses, before anything is compiled, shards and vocabularies that cannot be trained with.
 
     Raises:
-      UserError: a shard is missing, empty or damaged; an evaluator lacks what it needs; or the
-        vocabulary has more ids than the token table has rows, which jax would clamp.
+      UserError: a shard is missing, empty or damaged, or as `evaluation.check`.
     """
-    for each in filter(None, (cfg, eval_cfg)):
-        each.check()
-    for item in evaluators.values():
-        item.check()
-    rows = getattr(model.text_tower, "vocab_size", None)
-    size = input_pipeline.vocabulary_size(cfg)
-    if rows is not None and size is not None and size > rows:
-        raise UserError(
-            f"the vocabulary has {size} pieces and TextTransformer.vocab_size is {rows}: set "
-            f"vocab_size to at least {size}, or VOCABULARY_PATH to a smaller vocabulary."
-        )
+    cfg.check()
+    evaluation.check(model, partitioner, cfg, eval_cfg, evaluators)
 
 
 def starting_point(

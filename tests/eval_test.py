@@ -8,10 +8,18 @@ import time
 
 import experiments
 import jax
+import numpy as np
 import pytest
 
 from clipa_t5x import eval as eval_lib
-from clipa_t5x import evaluation_records, evaluation_watch, gin_utils, preemption, run_history
+from clipa_t5x import (
+    evaluation_records,
+    evaluation_watch,
+    gin_utils,
+    preemption,
+    run_history,
+    stage_handover,
+)
 from clipa_t5x.errors import UserError
 
 SOON = evaluation_watch.Patience(poll_seconds=0.05)
@@ -25,15 +33,47 @@ def test_a_checkpoint_is_evaluated_as_in_training(tmp_path, monkeypatch):
     in_training = experiments.records(run, "inference_eval/digit")
     # The run's own configuration is all that is needed, and any checkpoint can be named.
     arguments = arguments_of(run)
-    assert eval_lib.evaluate(**arguments)["digit"] == in_training[4]
+    loss = experiments.records(run, "training_eval/digits_eval")
+    assert eval_lib.evaluate(**arguments)["inference_eval/digit"] == in_training[4]
     earlier = eval_lib.evaluate(**arguments, checkpoint=f"{run}/checkpoint_2")
-    assert earlier["digit"] == in_training[2]
+    assert earlier["inference_eval/digit"] == in_training[2]
+    assert earlier["training_eval/digits_eval"] == loss[2]
     # Another run's results belong to that run.
     other = {**arguments, "model_dir": str(tmp_path / "other")}
-    assert eval_lib.evaluate(**other, checkpoint=run)["digit"] == in_training[4]
+    again = eval_lib.evaluate(**other, checkpoint=run)
+    assert again["inference_eval/digit"] == in_training[4]
     assert not (tmp_path / "other").exists()
+    # Those of a file of weights have no run: they belong to MODEL_DIR, which need not be there.
+    weights = str(tmp_path / "weights.npz")
+    params = stage_handover.open_checkpoint(run, 4)
+    np.savez(weights, **{f"params/{name}": params.read(name) for name in params.saved})
+    again = eval_lib.evaluate(**other, checkpoint=weights)
+    assert again["inference_eval/digit"] == pytest.approx(in_training[4])
+    written = {path.name for path in (tmp_path / "other").iterdir()}
+    assert {"metrics.jsonl", "confusion_digits_zero_shot.json", "gallery.json"} <= written
     with pytest.raises(UserError, match="no complete checkpoint at .*checkpoint_3 .*checkpoint_4"):
         eval_lib.evaluate(**arguments, checkpoint=f"{run}/checkpoint_3")
+
+
+@pytest.mark.parametrize("bindings, message", [
+    ("EVAL_BATCH_SIZE = 100", "batch_size of .* is 100, which the mesh cannot split into 8"),
+    ("TextTransformer.vocab_size = 20", "pieces and TextTransformer.vocab_size is 20"),
+    ("digit/zero_shot.ZeroShotClassification.class_names_path = 'gone'", "gone does not exist"),
+    ("", "nothing to evaluate"),
+    ("MODEL_DIR = ''", "MODEL_DIR is empty"),
+    ("MODEL_DIR = 'data/digits/vocab.txt'", "MODEL_DIR .* is a file"),
+])  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_before_loading(
+    tmp_path, monkeypatch, bindings, message
+):
+    monkeypatch.chdir(experiments.digits_dir(str(tmp_path.parent)))
+    settings = (*experiments.MINIATURE, bindings) if bindings else experiments.UNEVALUATED
+    experiments.parse("digits_stage1", "MODEL_DIR = 'gone'", *settings)
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    for evaluate in (eval_lib.evaluate, lambda **kw: eval_lib.watch(**kw, patience=SOON)):
+        with pytest.raises(UserError, match=message):
+            evaluate(**arguments)
+    assert not pathlib.Path("gone").exists()
 
 
 def arguments_of(run):
@@ -118,8 +158,7 @@ def test_a_watch_that_is_killed_goes_on_and_evaluates_all_of_a_run_once(tmp_path
     assert all(path.read_bytes() == text for path, text in first.items())
     assert compiled.count("jit(embed)") == compiled.count("jit(step)") + 1 == 2
     # Numbers are those of the command for one checkpoint.
-    for name, values in eval_lib.evaluate(**arguments, checkpoint=f"{run}/checkpoint_2").items():
-        assert records(run)[2][f"inference_eval/{name}"] == values
+    assert eval_lib.evaluate(**arguments, checkpoint=f"{run}/checkpoint_2") == records(run)[2]
     (history,) = run_history.load(run).stages
     points = history.points("inference_eval/digit", "accuracy")
     assert [step for step, _ in points] == [1, 2, 3, 4]
@@ -156,4 +195,4 @@ def test_training_and_a_watch_beside_it(tmp_path, monkeypatch):
     assert 60 in steps and steps <= set(range(4, 61, 4))
     arguments = arguments_of(run)
     alone = eval_lib.evaluate(**arguments)
-    assert records(run)[60]["inference_eval/digit"] == alone["digit"]
+    assert records(run)[60]["inference_eval/digit"] == alone["inference_eval/digit"]

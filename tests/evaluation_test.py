@@ -8,6 +8,7 @@ import tiny_records
 
 from clipa_t5x import evaluation, metrics, optimizers, partitioning, schedules, trainer
 from clipa_t5x.data import input_pipeline, preprocessors
+from clipa_t5x.errors import UserError
 
 
 class BrightnessAndStop:
@@ -16,7 +17,7 @@ class BrightnessAndStop:
     def __init__(self):
         self.output_dirs = []
 
-    def check(self):
+    def check(self, num_parts=1):
         pass
 
     def evaluate(self, params, embed, output_dir):
@@ -61,6 +62,25 @@ def make_evaluation(bound, cfg, tmp_path):
         )
 
     return make
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path, tiny_model):
+    tiny_records.write(tmp_path)
+    task = tiny_records.task("evaluation_check_test", tmp_path, text_reduction="syntax")
+
+    def check(batch_size=8, **text):
+        cfg, items = tiny_records.config(task, batch_size), {"bright": BrightnessAndStop()}
+        partitioner = partitioning.PjitPartitioner()
+        evaluation.check(tiny_model(text=text), partitioner, cfg, cfg, items)
+
+    with pytest.raises(UserError, match=r"vocab.tags.json.*does not exist"):
+        check()
+    tiny_records.write_word_classes(tiny_records.vocabulary(tmp_path))
+    check(vocab_size=15)
+    with pytest.raises(UserError, match="has 15 pieces and TextTransformer.vocab_size is 14"):
+        check(vocab_size=14)
+    with pytest.raises(UserError, match="is 9, which the mesh cannot split into 8 .* such as 16"):
+        check(batch_size=9)
 
 
 def written(model_dir):

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import saved_runs
+from run_files import line
 
 from clipa_t5x import (
     checkpoint_folders,
@@ -37,19 +38,24 @@ class Stop:
 class Watching:
     """A watch that only notes what it evaluates."""
 
-    def __init__(self, model_dir, stop=None, abstract=None, meanwhile=lambda step: None):
+    def __init__(
+        self, model_dir, stop=None, abstract=None, meanwhile=lambda step: None, names=("sum",),
+        save_period=None,
+    ):  # fmt: skip
         self.model_dir, self.events, self.meanwhile = model_dir, [], meanwhile
         self.writer = evaluation_watch.RecordWriter(str(model_dir))
         (model_dir / evaluation_records.FOLDER).mkdir(parents=True, exist_ok=True)
         params = (abstract or saved_runs.abstract(STATE)).params
         self.watch = evaluation_watch.Watch(
-            str(model_dir), params, self.evaluate, self.writer, stop or Stop()
-        )
+            str(model_dir), params, [f"inference_eval/{name}" for name in names], self.evaluate,
+            self.writer, stop or Stop(), save_period=save_period,
+        )  # fmt: skip
 
-    def evaluate(self, step, params):
+    def evaluate(self, step, params, groups):
         self.events.append(step)
         self.meanwhile(step)
-        self.writer.write(step, "inference_eval/sum", {"accuracy": float(params["kernel"].sum())})
+        for group in groups:
+            self.writer.write(step, group, {"accuracy": float(params["kernel"].sum())})
 
     def run(self, patience=SOON):
         self.watch.run(patience)
@@ -76,6 +82,40 @@ def test_all_are_evaluated_oldest_first_and_never_again(tmp_path):
     assert records(tmp_path) == dict.fromkeys((2, 4, 10), expected)
     assert list((tmp_path / "inference_eval" / "sum").glob("events.out.tfevents.*"))
     assert Watching(tmp_path).run() == []
+
+
+def test_what_is_missing_of_an_evaluation_is_made_up_for(tmp_path):
+    """Evaluators by name, whether an earlier watch has run them or training."""
+    saved_runs.save(tmp_path, STATE, 2, 4, keep=None)
+    complete(tmp_path)
+    torn = line(2, "inference_eval/b", accuracy=0.25)
+    (tmp_path / "metrics.jsonl").write_text(line(2, loss=1) + '{"step": 2, "gro' + torn)
+    assert Watching(tmp_path).run() == [2, 4]
+    before = records(tmp_path)
+    assert Watching(tmp_path, names=("b", "sum", "c")).run() == [2, 4]
+    after = records(tmp_path)
+    assert after[2].keys() == {"inference_eval/sum", "inference_eval/c"}
+    assert after[4].keys() == {f"inference_eval/{name}" for name in ("sum", "b", "c")}
+    assert all(after[step]["inference_eval/sum"] == found["inference_eval/sum"]
+               for step, found in before.items())  # fmt: skip
+    assert Watching(tmp_path, names=("c", "b")).run() == []
+
+
+def test_checkpoints_that_came_and_went_are_told_of(tmp_path, caplog):
+    """Once, and not those that training evaluated, or that were seen to go."""
+    (tmp_path / "metrics.jsonl").write_text(line(4, "inference_eval/sum", accuracy=0.5))
+    saved_runs.save(tmp_path, STATE, 10, keep=None)
+
+    def train(count):
+        if count == 3:
+            saved_runs.save(tmp_path, STATE, 13, 16, keep=1)
+            complete(tmp_path)
+
+    with caplog.at_level(logging.WARNING):
+        assert Watching(tmp_path, Stop(at_each=train), save_period=2).run() == [10, 16]
+    said = [r.getMessage() for r in caplog.records if "removed before" in r.getMessage()]
+    assert ["3 checkpoints" in said[0], "steps 2, 6, 8:" in said[0]] == [True, True]
+    assert len(said) == 2 and "2 checkpoints" in said[1] and "steps 12, 14:" in said[1]
 
 
 def test_half_an_evaluation_is_none(tmp_path):
@@ -190,7 +230,7 @@ def test_a_record_that_cannot_be_written_ends_it(tmp_path):
     watching = Watching(tmp_path)
     (tmp_path / evaluation_records.file_name(2)).mkdir()
     with pytest.raises(UserError, match=r"2\.json cannot be written .* is done anew"):
-        watching.watch._evaluate_step(2)
+        watching.watch._evaluate_step(2, ["inference_eval/sum"])
 
 
 @pytest.mark.parametrize("values", [{"poll_seconds": -1}, {"news_timeout_seconds": "x"}])

@@ -7,6 +7,7 @@ import pytest
 
 from clipa_t5x import gin_utils, schedule
 from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UserError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gin"
 STAGE_FILES = sorted(p.stem for p in experiments.GIN.glob("*_stage*.gin"))
@@ -44,6 +45,14 @@ def test_schedules_name_their_stages_in_order(name):
     assert all((experiments.REPOSITORY / stage).exists() for stage in stages)
 
 
+def test_a_schedule_is_no_experiment():
+    files = [str(experiments.GIN / "digits.gin")]
+    with pytest.raises(
+        UserError, match="a schedule of several stages.* give the file of one stage"
+    ):
+        gin_utils.parse(files, ["MODEL_DIR = '/m'"], [str(experiments.GIN)], root=experiments.TRAIN)
+
+
 def test_every_stage_belongs_to_a_schedule():
     named = "".join((experiments.GIN / f"{name}.gin").read_text() for name in SCHEDULE_FILES)
     assert not [stage for stage in STAGE_FILES if f"gin/{stage}.gin" not in named]
@@ -71,7 +80,9 @@ def test_the_folder_does_not_shadow_the_gin_library():
     ("imagenet_variants", ["r"], ["EVALUATORS = {'r': @imagenet_r/ZeroShotClassification()}"]),
     ("retrieval", ["coco", "flickr30k"], ["MAX_CAPTIONS = 3"]),
     ("few_shot", ["few_shot"], ["SHOTS = (2,)"]),
-    ("clip_benchmark", ["clip_benchmark"], ["CLIP_BENCHMARK_DIR = 'data/vtab_cifar10'"]),
+    ("coco", ["coco"], ["COCO_DIR = 'elsewhere'"]), ("flickr30k", ["flickr30k"], []),
+    ("clip_benchmark", ["wds_cifar10"], ["CLIP_BENCHMARK_DIR = 'data/wds_cifar10'"]),
+    ("clip_benchmark", ["a", "b"], ["CLIP_BENCHMARK_DIRS = ['data/a', 'data/b']"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("base", [
     experiments.GIN / "digits_stage3.gin", experiments.GIN / "H14_stage1.gin",
@@ -91,8 +102,8 @@ def test_evaluations_go_with_any_experiment(base, name, evaluators, bindings):
         assert extended[key] == plain[key]
     found = [getattr(item, "dataset_cfg", None) for item in extended["evaluators"].values()]
     names = [cfg.mixture_or_task_name for cfg in found if cfg]
-    expected = {"imagenet_variants": evaluators if len(evaluators) > 1 else ["imagenet_r"],
-                "retrieval": evaluators}  # fmt: skip
-    assert names == expected.get(name, [])
-    if name == "retrieval":
+    retrieval = name in ("retrieval", "coco", "flickr30k")
+    expected = {"imagenet_variants": evaluators if len(evaluators) > 1 else ["imagenet_r"]}
+    assert names == expected.get(name, evaluators if retrieval else [])
+    if retrieval:
         assert all(input_pipeline.has_all_captions(cfg) for cfg in found)

@@ -58,7 +58,12 @@ def test_whatever_else_was_logged_has_a_panel(tmp_path):
     metrics = line(1, samples=8, spare_metric=1, data_wait_share=0.1)
     metrics += line(1, "training_eval/d", loss=2, accuracy=0.25)
     recalls = {f"image_to_text_recall_at_{k}": k / 10 for k in (1, 5)}
-    metrics += line(1, "inference_eval/r", num_examples=9, **recalls, **{"<b>x": 3.5})
+    metrics += line(
+        1, "inference_eval/r", num_images=9, num_captions=45, **recalls, **{"<b>x": 3.5}
+    )
+    metrics += line(
+        1, "inference_eval/c", num_examples=9, accuracy_top5=0.5, mean_per_class_recall=0.25
+    )
     page = report_plots.curves([run_history.load(write(tmp_path, metrics))])
     assert captions(page) == [
         ("Loss", "last: 2"),
@@ -67,6 +72,8 @@ def test_whatever_else_was_logged_has_a_panel(tmp_path):
         ("In-batch accuracy", "last: 25.0%"),
         ("Spare metric", "last: 1"),
         ("&lt;b&gt;x", "last: 3.5"),
+        ("Accuracy top5", "last: 50.0%"),
+        ("Mean per class recall", "last: 25.0%"),
     ]
 
 

@@ -4,7 +4,6 @@ import experiments
 import jax
 import numpy as np
 import pytest
-import tiny_records
 
 from clipa_t5x import gin_utils, train
 from clipa_t5x.errors import UserError
@@ -165,16 +164,6 @@ def test_bad_input_is_refused_in_a_line(tmp_path, experiment, bindings, message)
             *bindings,
         )
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_table_of_word_classes_is_refused_before_compiling(tmp_path, tiny_model):
-    tiny_records.write(tmp_path)
-    name = tiny_records.task("train_test", tmp_path, text_reduction="syntax")
-    cfg = tiny_records.config(name)
-    with pytest.raises(UserError, match="vocab.tags.json.*does not exist"):
-        train.check_data(tiny_model(), cfg, None, {})
-    tiny_records.write_word_classes(tiny_records.vocabulary(tmp_path))
-    train.check_data(tiny_model(), cfg, None, {})
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -6,8 +6,10 @@
 
 And for a vocabulary of one's own, the table that TEXT_REDUCTION = 'syntax' reads:
 `python -m clipa_t5x.data.build tags --vocabulary_path=data/vocab.txt`, see `word_classes`. Class
-names and templates of ImageNet, of an installed open_clip:
-`python -m clipa_t5x.data.build prompts --output_dir=data`, see `prompt_files`.
+names, templates and label maps of ImageNet, of an installed open_clip:
+`python -m clipa_t5x.data.build prompts --output_dir=data`, see `prompt_files`. The label map of a
+part of ImageNet in folders: `python -m clipa_t5x.data.build label_map --folder=data/imagenet-a
+--output=data/map.txt`, see `label_maps`.
 
 This module knows the command line; see `conversion`, `inspection` and `embedded` for the rest.
 """
@@ -18,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipa_t5x.data import embedded, prompt_files, word_classes
+from clipa_t5x.data import embedded, word_classes
 from clipa_t5x.errors import UserError
 
 _LEAST = {"image_size": 8, "seed": 0, "num_workers": 0}
@@ -29,14 +31,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m clipa_t5x.data.build", description="Makes data sets, and looks into them."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{convert,inspect,shapes,digits,tags,prompts}"
+        dest="command",
+        required=True,
+        metavar="{convert,inspect,shapes,digits,tags,prompts,label_map}",
     )
     _add_convert(commands)
     _add_inspect(commands)
     _add_embedded(commands)
     _add_tags(commands)
-    prompts_parser = commands.add_parser("prompts", help="ImageNet's names and templates")
-    prompts_parser.add_argument("--output_dir", required=True, help="where the text files go")
+    _add_prompts(commands)
     return parser
 
 
@@ -127,6 +130,35 @@ def _add_tags(commands: Any) -> None:
     )
 
 
+def _add_prompts(commands: Any) -> None:
+    prompts_parser = commands.add_parser("prompts", help="ImageNet's names, templates and maps")
+    prompts_parser.add_argument("--output_dir", required=True, help="where the text files go")
+    map_parser = commands.add_parser("label_map", help="which classes folders of images are of")
+    for option, default, meaning in (
+        ("folder", None, "that holds a folder for each class"),
+        ("output", None, "the text file to write"),
+        ("classes", "", "text file of what all classes' folders are called (ImageNet's ids)"),
+    ):
+        map_parser.add_argument(
+            f"--{option}", required=default is None, default=default, help=meaning
+        )
+
+
+def _map_labels(folder: str, output: str, classes: str) -> None:
+    from clipa_t5x.data import label_maps, prompts  # only here: they take TensorFlow
+
+    lines = label_maps.of_folders(folder, label_maps.wordnet_ids(classes or None))
+    try:
+        with open(output, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise UserError(
+            f"--output={output} cannot be written ({error.strerror}): give a file that can."
+        ) from error
+    unknown = lines.count(prompts.NO_CLASS)
+    print(f"{output} is ready: {len(lines)} labels, of which {unknown} stand for no class")
+
+
 def _tag(vocabulary_path: str, tagger: str) -> None:
     from clipa_t5x.data import vocabularies  # only here: it takes TensorFlow
 
@@ -148,8 +180,12 @@ def _run(arguments: dict[str, Any]) -> None:
     elif name == "tags":
         _tag(**arguments)
     elif name == "prompts":
+        from clipa_t5x.data import prompt_files  # only here: it takes TensorFlow
+
         for path, lines in prompt_files.write(arguments["output_dir"]).items():
             print(f"{path} is ready: {lines} lines")
+    elif name == "label_map":
+        _map_labels(**arguments)
     else:
         _build(name, arguments)
 

@@ -11,7 +11,7 @@ or goes changes its folder's time, and the index is made anew.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,8 +53,8 @@ def folders(root: str) -> list[str]:
     return sorted(found)
 
 
-def _siblings(parent: str) -> list[str]:
-    """Names of the folders in a folder, sorted."""
+def class_names(parent: str) -> list[str]:
+    """Names of the folders in a folder, sorted: a class's place is its images' label."""
     # By its time as well, so that thousands of classes are listed once, and a new one is seen.
     return _folders_in(parent, os.stat(parent).st_mtime_ns if is_local(parent) else 0)
 
@@ -69,6 +69,20 @@ def _folders_in(parent: str, time: int) -> list[str]:
         names = [name.rstrip("/") for name in _gfile().listdir(parent)
                  if _gfile().isdir(os.path.join(parent, name))]  # fmt: skip
     return sorted(name for name in names if not name.startswith("."))
+
+
+def num_classes(paths: Sequence[str]) -> int | None:
+    """How many classes the labels of these folders' images tell apart.
+
+    Folders without images count, too; None where the folders lie in several, each of which has
+    labels of its own.
+    """
+    parents = {_parent_and_name(path)[0] for path in paths}
+    return len(class_names(parents.pop())) if len(parents) == 1 else None
+
+
+def _parent_and_name(path: str) -> tuple[str, str]:
+    return os.path.split(os.path.abspath(path) if is_local(path) else path.rstrip("/"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +113,8 @@ class ImageFolder:
         rows = np.zeros((len(short), self.columns), np.int64)
         packed = np.asarray(short, f"S{_NAME_BYTES}")
         rows[:, :_NAME_COLUMNS] = packed.view(np.int64).reshape(-1, _NAME_COLUMNS)
-        parent, own = os.path.split(os.path.abspath(path) if is_local(path) else path.rstrip("/"))
-        neighbours = _siblings(parent)
+        parent, own = _parent_and_name(path)
+        neighbours = class_names(parent)
         # A root of images without classes may be hidden, and so no neighbour of its own.
         rows[:, -1] = neighbours.index(own) if own in neighbours else 0
         return Scan(rows, problem)

@@ -76,15 +76,24 @@ class DatasetConfig:
             "augment_keys": jax.ShapeDtypeStruct((self.batch_size, 2), np.uint32),
         }
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the data's index, and what the task's text is shortened by.
+
+        Args:
+          num_parts: into how many parts the mesh splits the rows of a batch.
 
         Raises:
           UserError: the data, or the vocabulary's table of word classes, are missing or damaged, or
-            a number cannot be a size.
+            a number cannot be a size, or is none that the mesh can split.
         """
-        check_number(f"batch_size of {self.mixture_or_task_name}", self.batch_size, minimum=1,
-                     whole=True)  # fmt: skip
+        name, size = f"batch_size of {self.mixture_or_task_name}", self.batch_size
+        check_number(name, size, minimum=1, whole=True)
+        if size % num_parts:
+            raise UserError(
+                f"{name} is {size}, which the mesh cannot split into {num_parts} equal parts: set "
+                f"EVAL_BATCH_SIZE to a multiple of {num_parts}, such as "
+                f"{-(-size // num_parts) * num_parts}."
+            )
         if self.max_examples is not None:
             check_number("EVAL_EXAMPLES", self.max_examples, minimum=1, whole=True)
         num_examples(self)
@@ -143,7 +152,7 @@ def num_examples(cfg: DatasetConfig) -> int:
 
 def num_classes(cfg: DatasetConfig) -> int | None:
     """How many classes the labels tell apart, where the data themselves say so."""
-    return tasks.get_source(cfg.mixture_or_task_name).num_classes()
+    return tasks.get_source(cfg.mixture_or_task_name).num_classes(cfg.split)
 
 
 def has_all_captions(cfg: DatasetConfig) -> bool:

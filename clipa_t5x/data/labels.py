@@ -57,6 +57,18 @@ def several(record: Fields, name: str) -> np.ndarray:
     return np.asarray(found + [-1] * (MAX_LABELS - len(found)), np.int32)
 
 
+def num_classes(record: Fields, name: str) -> int | None:
+    """Of how many classes a record's array says whether the image belongs; None without an array.
+
+    Raises:
+      BadRecord: the array is damaged.
+    """
+    for value in record.get(name) or ():
+        if isinstance(value, bytes) and value.startswith(_NPY_START):
+            return len(_multi_hot(name, value))
+    return None
+
+
 def _number(name: str, value: bytes | int) -> int:
     try:
         label = int(value)

@@ -135,9 +135,9 @@ class MixtureSource:
         """Number of records in a split of all components."""
         return sum(source.num_input_examples(split) for source in self._sources.values())
 
-    def num_classes(self) -> int | None:
+    def num_classes(self, split: str) -> int | None:
         """How many classes the labels of all components tell apart, where they agree on it."""
-        found = {source.num_classes() for source in self._sources.values()}
+        found = {source.num_classes(split) for source in self._sources.values()}
         return found.pop() if len(found) == 1 else None
 
     def identity(self, split: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Class names and prompt templates of ImageNet, written from an installed open_clip.
+"""Class names, prompt templates and label maps of ImageNet, of an installed open_clip and its timm.
 
 They are not of this package; open_clip keeps them in a module of their own, which is read without
 importing the rest (and PyTorch with it).
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from clipa_t5x.data import label_maps
 from clipa_t5x.errors import UserError
 
 _MODULE = "zero_shot_metadata"
@@ -23,7 +24,7 @@ FILES = {
 
 
 def write(output_dir: str | os.PathLike[str]) -> dict[str, int]:
-    """Writes the files of `FILES`, in the place of any that are there.
+    """Writes the files of `FILES` and `label_maps.installed`, in the place of any that are there.
 
     Args:
       output_dir: a local folder, made if it is missing.
@@ -36,7 +37,10 @@ def write(output_dir: str | os.PathLike[str]) -> dict[str, int]:
         written to.
     """
     metadata = _read_metadata()
-    texts = {name: _lines(getattr(metadata, key, None), key) for name, key in FILES.items()}
+    texts: dict[str, Sequence[str]] = {
+        name: _lines(getattr(metadata, key, None), key) for name, key in FILES.items()
+    }
+    texts |= label_maps.installed()
     folder = pathlib.Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

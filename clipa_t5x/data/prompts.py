@@ -9,18 +9,28 @@ import tensorflow as tf
 from clipa_t5x.data import preprocessors, text_files, text_reduction, vocabularies
 from clipa_t5x.errors import UserError
 
+_CLASS_NAME, _TEMPLATE = "class name", "prompt template"
 # Of a label map: a label that stands for no class.
 NO_CLASS = "-"
 
 
-def read_lines(path: str, what: str) -> list[str]:
-    """The lines of a data file, without empty ones; `what` names them in errors.
+def read_lines(path: str, what: str, *, numbered: bool = False) -> list[str]:
+    """The lines of a data file, without empty ones.
+
+    Args:
+      path: of the file.
+      what: a line is, for errors.
+      numbered: whether lines are referred to by number, so that an empty one above others would
+        shift them: it is refused.
 
     Raises:
-      UserError: the file is missing or empty, is no text, or is absurdly large.
+      UserError: the file is missing or empty, is no text, or is absurdly large; or see `numbered`.
     """
     if not tf.io.gfile.exists(path):
-        raise UserError(f"{what} file {path} does not exist: give a text file, one {what} a line.")
+        raise UserError(
+            f"{what} file {path} does not exist: give a text file, one {what} a line"
+            f"{_written(what)}."
+        )
     try:
         text = text_files.read(path, what).decode()
     except UnicodeDecodeError as error:
@@ -28,20 +38,33 @@ def read_lines(path: str, what: str) -> list[str]:
             f"{what} file {path} is no UTF-8 text ({error.reason} at byte {error.start}): give a "
             f"text file, one {what} a line."
         ) from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise UserError(f"{what} file {path} is empty: write one {what} a line.")
-    return lines
+    if numbered and "" in lines:
+        raise UserError(
+            f"line {lines.index('') + 1} of {what} file {path} is empty, and the lines below are "
+            f"counted with it: write one {what} a line, and no line without."
+        )
+    return [line for line in lines if line]
+
+
+def _written(what: str) -> str:
+    """Where files of a kind come from, for those who lack one."""
+    if what in (_CLASS_NAME, _TEMPLATE):
+        return "; python -m clipa_t5x.data.build prompts writes ImageNet's"
+    return ""
 
 
 def read(class_names_path: str, templates_path: str) -> tuple[list[str], list[str]]:
     """(class names, templates with {} in the place of the name, for which {c} may stand, too).
 
     Raises:
-      UserError: a file is missing or empty, or a template has neither.
+      UserError: a file is missing or empty, a class name's line is empty, or a template has
+        neither.
     """
-    classes = read_lines(class_names_path, "class name")
-    templates = read_lines(templates_path, "prompt template")
+    classes = read_lines(class_names_path, _CLASS_NAME, numbered=True)
+    templates = read_lines(templates_path, _TEMPLATE)
     for template in templates:
         if "{}" not in template and "{c}" not in template:
             raise UserError(
@@ -66,10 +89,10 @@ def read_label_map(path: str, num_classes: int) -> list[list[int]]:
       num_classes: lines of the class list.
 
     Raises:
-      UserError: the file is missing or empty, or a line is neither.
+      UserError: the file is missing or empty, or a line is empty or neither.
     """
     classes = []
-    for number, line in enumerate(read_lines(path, "label map")):
+    for number, line in enumerate(read_lines(path, "label map", numbered=True)):
         parts = [] if line == NO_CLASS else line.split()
         if not all(part.isdecimal() and int(part) < num_classes for part in parts):
             raise UserError(
@@ -124,10 +147,10 @@ def tokenize_around_names(
     words = vocabulary.words_tf(tf.constant(texts))
     named = [
         _is_between(whole, *around)
-        for whole, *around in zip(words.to_list(), before, after, strict=True)
+        for whole, *around in zip(_word_lists(words), before, after, strict=True)
     ]
     seeds = np.stack([np.zeros(len(texts), np.int64), np.arange(len(texts))], axis=1)
-    mask = words.with_values(tf.constant([*itertools.chain(*named)], tf.bool))
+    mask = words.with_values(tf.constant(np.array([*itertools.chain(*named)], bool)))
     kept = text_reduction.reduce_others(
         words,
         mask,
@@ -142,8 +165,23 @@ def tokenize_around_names(
     return ids
 
 
-def _words(texts: Sequence[str], vocabulary: vocabularies.BertVocabulary) -> list[list[list[int]]]:
-    return vocabulary.words_tf(tf.constant(texts)).to_list()
+def _words(texts: Sequence[str], vocabulary: vocabularies.BertVocabulary) -> list[list[bytes]]:
+    unique = dict.fromkeys(texts)
+    found = _word_lists(vocabulary.words_tf(tf.constant([*unique])))
+    by_text = dict(zip(unique, found, strict=True))
+    return [by_text[text] for text in texts]
+
+
+def _word_lists(words: tf.RaggedTensor) -> list[list[bytes]]:
+    """The words of every text, each as the bytes of its pieces' ids.
+
+    A ragged tensor's own `to_list` runs several TensorFlow operations for each of them.
+    """
+    ids = words.flat_values.numpy()
+    data, size = ids.tobytes(), ids.itemsize
+    pieces, rows = words.values.row_splits.numpy().tolist(), words.row_splits.numpy().tolist()
+    flat = [data[size * a : size * b] for a, b in itertools.pairwise(pieces)]
+    return [flat[a:b] for a, b in itertools.pairwise(rows)]
 
 
 def _is_between(words: Sequence, before: Sequence, after: Sequence) -> list[bool]:

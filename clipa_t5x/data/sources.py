@@ -1,5 +1,6 @@
 """SeqIO data sources of image-text records that can be read at any position."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ from clipa_t5x.data import (
     captions,
     formats,
     image_files,
+    image_folders,
     labels,
     manifests,
     record_index,
@@ -60,8 +62,8 @@ class PositionalSource(Protocol):
         """Number of records in a split."""
         ...
 
-    def num_classes(self) -> int | None:
-        """How many classes its labels tell apart, where the data say so."""
+    def num_classes(self, split: str) -> int | None:
+        """How many classes a split's labels tell apart, where the data say so."""
         ...
 
     def examples_at(
@@ -180,8 +182,9 @@ class ImageTextSource(seqio.DataSource):
             known = " of a known format" if found else ""
             raise UserError(
                 f"data set directory {self._data_dir} {_what_is_there(self._data_dir)}: no file"
-                f"{known} matches {pattern}. Set DATA_DIR to where the shards are and DATA_SPLITS "
-                "to their patterns, or write them (python -m clipa_t5x.data.build)."
+                f"{known} matches {pattern}. Set the task's data_dir (DATA_DIR, or an evaluation's "
+                "own, such as COCO_DIR) to where the shards are and its splits (DATA_SPLITS) to "
+                "their patterns, or write them (python -m clipa_t5x.data.build)."
             )
         return shards, shard_format
 
@@ -232,8 +235,9 @@ class ImageTextSource(seqio.DataSource):
                 raise UserError(f"the first records of {index.shards[0]} are damaged: {first[0]}.")
             raise UserError(
                 f"the records of {index.shards[0]} have no field {name!r}; their fields are "
-                f"{', '.join(shard_formats.field_names(present)) or 'none'}: set IMAGE_KEY, "
-                "CAPTION_KEY or the task's label_key to one of them."
+                f"{', '.join(shard_formats.field_names(present)) or 'none'}: set the "
+                "task's image_key, caption_key or label_key (IMAGE_KEY, CAPTION_KEY, or an "
+                "evaluation's own macro, such as FEW_SHOT_IMAGE_KEY) to one of them."
             )
 
     def feature_names(self) -> Sequence[str]:
@@ -249,9 +253,33 @@ class ImageTextSource(seqio.DataSource):
         """Number of records in a split."""
         return len(self.index(split))
 
-    def num_classes(self) -> int | None:
-        """How many classes its labels tell apart, where the data say so."""
-        return None
+    def num_classes(self, split: str) -> int | None:
+        """How many classes a split's labels tell apart, where folders or multi-hot arrays say so.
+
+        Raises:
+          UserError: as `index`; or arrays are not of one length.
+        """
+        shards, shard_format = self._shards(split)
+        if isinstance(shard_format, image_folders.ImageFolder) and self._fields.label == "label":
+            return image_folders.num_classes(shards)
+        name = self._fields.labels
+        if name is None:
+            return None
+        found: set[int] = set()
+        for record in self._first_records(self.index(split)):
+            with contextlib.suppress(BadRecord):
+                found |= {n for n in [labels.num_classes(record, name)] if n is not None}
+        if len(found) > 1:
+            raise UserError(
+                f"the records of {shards[0]} have arrays of {' and '.join(map(str, sorted(found)))}"
+                f" classes in field {name!r}: write the data set again."
+            )
+        return found.pop() if found else None
+
+    def _first_records(self, index: record_index.RecordIndex) -> list[shard_formats.Fields]:
+        """Those among the first records that are not damaged."""
+        first = index.read(np.arange(min(len(index), _RECORDS_TO_LOOK_AT)))
+        return [record for record in first if not isinstance(record, BadRecord)]
 
     def identity(self, split: str) -> dict[str, Any]:
         """What the order depends on beside the seed: the shards and the window."""

@@ -6,6 +6,7 @@ the caption's order, and a caption that is short enough is kept whole by all of 
 draw from the caption's own seed.
 """
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -115,16 +116,22 @@ def reduce_others(
     first = tf.ragged.boolean_mask(places, kept).merge_dims(1, 2)[:, :num_kept]
     others = tf.ragged.boolean_mask(places, tf.logical_not(kept))
     room = num_kept - first.row_lengths().numpy()
-    found = first.to_list()
+    found = _rows(first)
     for size in np.unique(room):
         rows = np.flatnonzero(room == size)
         chosen = _shorten(
             tf.gather(others, rows), int(size), strategy,
             lambda: tf.gather(vocabulary.word_classes, ids), tf.gather(seeds, rows),
         )  # fmt: skip
-        for row, more in zip(rows, chosen.to_list(), strict=True):
+        for row, more in zip(rows, _rows(chosen), strict=True):
             found[row] = sorted(found[row] + more)
     return [ids[row].tolist() for row in found]
+
+
+def _rows(items: tf.RaggedTensor) -> list[list[int]]:
+    """As `to_list`, which runs several TensorFlow operations for each row."""
+    values, splits = items.values.numpy().tolist(), items.row_splits.numpy().tolist()
+    return [values[a:b] for a, b in itertools.pairwise(splits)]
 
 
 def random(pieces: tf.RaggedTensor, num_kept: int, seeds: tf.Tensor) -> tf.RaggedTensor:

@@ -76,8 +76,9 @@ class TFDSSource(sources.ImageTextSource):
             )
         return known[name]
 
-    def num_classes(self) -> int | None:
+    def num_classes(self, split: str) -> int | None:
         """As TFDS describes the feature with the label, or labels."""
+        del split  # the feature is the same in all
         name = self._fields.label or self._fields.labels
         features: Any = self._builder.info.features
         feature = features[name] if name in features.keys() else None  # noqa: SIM118

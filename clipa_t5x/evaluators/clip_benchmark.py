@@ -10,7 +10,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -20,6 +20,64 @@ from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator, retrieval, zero_shot
 
 _CLASS_NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+_NUM_SHARDS = "nshards.txt"
+
+
+def evaluators(
+    folders: str | Sequence[str],
+    vocabulary: vocabularies.BertVocabulary,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    image_preprocessor: preprocessors.ImagePreprocessor = preprocessors.center_crop,
+    text_reduction: str = "truncate",
+    keep_class_name: bool = False,
+    split: str = "test",
+    max_captions: int = 5,
+) -> dict[str, "ClipBenchmark"]:
+    """An evaluator for each data set, called as its folder is.
+
+    Args:
+      folders: of data sets, or of one; one that only holds data sets' stands for them all.
+      vocabulary: as of `ClipBenchmark`.
+      task_feature_lengths: likewise.
+      batch_size: likewise.
+      image_preprocessor: likewise.
+      text_reduction: likewise.
+      keep_class_name: likewise.
+      split: likewise.
+      max_captions: likewise.
+
+    Raises:
+      UserError: no folder is named, or two are called the same.
+    """
+    named = [folders] if isinstance(folders, str) else folders
+    if not isinstance(named, Sequence) or not named or not all(isinstance(f, str) for f in named):
+        raise UserError(
+            f"CLIP_BENCHMARK_DIRS is {folders!r}: give folders, as in ['data/wds_cifar10'], or "
+            "CLIP_BENCHMARK_DIR one."
+        )
+    found: dict[str, ClipBenchmark] = {}
+    for folder in [each for parent in named for each in _data_sets(parent, split)]:
+        name = os.path.basename(os.path.normpath(folder))
+        if name in found:
+            raise UserError(
+                f"{found[name].folder} and {folder} of CLIP_BENCHMARK_DIRS are both called {name}, "
+                "as their results would be: rename one."
+            )
+        found[name] = ClipBenchmark(
+            folder, vocabulary, task_feature_lengths, batch_size, image_preprocessor,
+            text_reduction, keep_class_name, split, max_captions,
+        )  # fmt: skip
+    return found
+
+
+def _data_sets(folder: str, split: str) -> list[str]:
+    """A folder itself, or, where it only holds data sets, theirs, sorted by name."""
+    path = epath.Path(folder)
+    if (path / split).exists() or not path.is_dir():
+        return [folder]
+    inner = sorted(each for each in path.iterdir() if (each / split / _NUM_SHARDS).exists())
+    return [os.fspath(each) for each in inner] or [folder]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +106,14 @@ class ClipBenchmark:
     split: str = "test"
     max_captions: int = 5
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the folder's files and the index of its shards.
 
         Raises:
           UserError: the folder is of another layout, shards are missing, or as the evaluator that
             the folder is for.
         """
-        self._evaluator().check()
+        self._evaluator().check(num_parts)
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None
@@ -116,11 +174,12 @@ class ClipBenchmark:
           UserError: its number of shards is not told, or another.
         """
         shards = epath.Path(self.folder) / self.split
-        path = shards / "nshards.txt"
+        path = shards / _NUM_SHARDS
         if not path.exists():
             raise UserError(
                 f"{self.folder} is not in clip_benchmark's layout: {path} does not exist. Set "
-                "CLIP_BENCHMARK_DIR to a folder that clip_benchmark_export_wds wrote."
+                "CLIP_BENCHMARK_DIR to a folder that clip_benchmark_export_wds wrote, or "
+                "CLIP_BENCHMARK_DIRS to several, or to the folder that holds them."
             )
         stated = prompts.read_lines(os.fspath(path), "number of shards")[0]
         found = len(list(shards.glob("*.tar")))

@@ -45,8 +45,11 @@ def gather(x: jax.Array, layout: input_pipeline.BatchLayout) -> np.ndarray:
 class Evaluator(Protocol):
     """Scalars for a set of parameters."""
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Refuses, before training begins, files and data that `evaluate` could not use.
+
+        Args:
+          num_parts: into how many parts the mesh splits the rows of a batch.
 
         Raises:
           UserError: names them.

@@ -35,21 +35,26 @@ class FewShot:
     l2: Sequence[float] = tuple(2.0**i for i in range(-10, 20))
     standardize: bool = True
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the data's indices.
 
         Raises:
           UserError: data are missing or damaged, or a number cannot be one.
         """
         for name, values, least in (("shots", self.shots, 1), ("seeds", self.seeds, 0)):
-            if not values:
-                raise UserError(f"{name} of FewShot is {values!r}: give at least one number.")
+            if not isinstance(values, Sequence) or not values:
+                raise UserError(
+                    f"{name} of FewShot is {values!r}: give one number or more in brackets, as in "
+                    "(1, 5, 10)."
+                )
             for value in values:
                 check_number(f"{name} of FewShot", value, minimum=least, whole=True)
-        if not self.l2 or not all(value > 0 for value in self.l2):
+        for value in self.l2 if isinstance(self.l2, Sequence) else ():
+            check_number("l2 of FewShot", value, minimum=0)
+        if not isinstance(self.l2, Sequence) or not self.l2 or 0 in self.l2:
             raise UserError(f"l2 of FewShot is {self.l2!r}: give penalties above 0.")
-        self.train_cfg.check()
-        self.test_cfg.check()
+        self.train_cfg.check(num_parts)
+        self.test_cfg.check(num_parts)
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None

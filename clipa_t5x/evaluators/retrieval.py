@@ -24,13 +24,13 @@ class Retrieval:
 
     dataset_cfg: input_pipeline.DatasetConfig
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the data's index.
 
         Raises:
           UserError: the data are missing or damaged, or the task takes one caption an image.
         """
-        self.dataset_cfg.check()
+        self.dataset_cfg.check(num_parts)
         if not input_pipeline.has_all_captions(self.dataset_cfg):
             raise UserError(
                 f"the task {self.dataset_cfg.mixture_or_task_name} takes one caption an image: "

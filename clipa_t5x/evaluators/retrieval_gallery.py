@@ -31,13 +31,13 @@ class RetrievalGallery:
     num_captions: int = 12
     num_images: int = 5
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the data's index.
 
         Raises:
           UserError: the data are missing or damaged.
         """
-        self.dataset_cfg.check()
+        self.dataset_cfg.check(num_parts)
 
     def evaluate(
         self, params: Any, embed: evaluator.EmbedFunctions, output_dir: str | None

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
 from clipa_t5x import models
@@ -123,14 +124,14 @@ class ZeroShotClassification:
     label_map_path: str | None = None
     num_classes: int | None = None
 
-    def check(self) -> None:
+    def check(self, num_parts: int = 1) -> None:
         """Reads the names, templates and map, the data's index and what the reduction needs.
 
         Raises:
           UserError: one of them is missing or not what it should be, or they do not fit together.
         """
         self._read()
-        self.dataset_cfg.check()
+        self.dataset_cfg.check(num_parts)
         self._check_number(self._read()[0])
         text_reduction.check(self.text_reduction, self.vocabulary)
 
@@ -163,6 +164,7 @@ class ZeroShotClassification:
                 f"{classes.path} gives a class: give the file that belongs to the data."
             )
         right = classification_metrics.hits(found.predictions[used], targets[used])
+        self._tell_of_longer_list(classes, int(found.labels[valid].max()))
         # A label of no class is not to be found.
         known = np.any(classes.targets >= 0, axis=1)
         labels = found.labels[used]
@@ -221,6 +223,17 @@ class ZeroShotClassification:
                 f"{len(classes.targets)} lines: give the class list, or the label map, that "
                 "belongs to the data."
             )
+
+    def _tell_of_longer_list(self, classes: _Classes, largest: int) -> None:
+        """Where only the labels tell of the data's classes, a list with more is likely another."""
+        known = self.num_classes or input_pipeline.num_classes(self.dataset_cfg)
+        whole = self.dataset_cfg.max_examples is None
+        if known is None and whole and largest + 1 < len(classes.targets):
+            logging.warning(
+                "%s has %d lines, and the largest label of the data set %s is %d: see that the "
+                "file belongs to the data, and say so by num_classes.",
+                classes.path, len(classes.targets), self._name, largest,
+            )  # fmt: skip
 
     def _tokenize(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         length = self.dataset_cfg.task_feature_lengths["text"]

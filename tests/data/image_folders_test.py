@@ -97,3 +97,11 @@ def test_a_named_folder_is_the_split(tmp_path):
         "class_1",
     ]
     np.testing.assert_array_equal(sample_sets.read(source, range(7))["label"], [0] * 5 + [1] * 2)
+
+
+def test_classes_are_the_folders_in_one(tmp_path):
+    touch(tmp_path, "train/b/1.jpg", "train/c/1.jpg", "val/b/1.jpg", "train/.x/1.jpg")
+    (tmp_path / "train" / "a").mkdir()
+    train = image_folders.folders(str(tmp_path / "train"))
+    assert image_folders.num_classes(train) == 3  # a has no image, but a label
+    assert image_folders.num_classes(image_folders.folders(str(tmp_path))) is None

@@ -47,3 +47,11 @@ def test_what_is_no_label_is_a_bad_record(record, reason):
 def test_too_many_labels_are_refused():
     with pytest.raises(UserError, match="has 129 labels in field 'cls', more than 128"):
         labels.several({"cls": list(range(129))}, "cls")
+
+
+def test_arrays_tell_how_many_classes_there_are():
+    assert labels.num_classes({"npy": [npy([0, 1, 0], "int8")]}, "npy") == 3
+    assert labels.num_classes({"npy": [b"1 2"]}, "npy") is None
+    assert labels.num_classes({}, "npy") is None
+    with pytest.raises(BadRecord):
+        labels.num_classes({"npy": [huge()]}, "npy")

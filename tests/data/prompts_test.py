@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny_records
 
 from clipa_t5x.data import preprocessors, prompts
@@ -10,8 +11,8 @@ from clipa_t5x.errors import UserError
 
 def test_a_class_has_its_prompts_side_by_side(tmp_path):
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
-    names.write_text("cat\n  guinea pig \n\nCafé {x}\n", encoding="utf-8")
-    templates.write_text("a photo of a {c}.\r\n{}, a {c}\n")
+    names.write_text("cat\n  guinea pig \nCafé {x}\n\n \n", encoding="utf-8")
+    templates.write_text("a photo of a {c}.\r\n\r\n{}, a {c}\n")
     found = prompts.read(str(names), str(templates))
     assert found == (["cat", "guinea pig", "Café {x}"], ["a photo of a {}.", "{}, a {}"])
     assert prompts.prompts(*found) == [
@@ -66,6 +67,13 @@ def test_prompts_that_keep_their_names_by_themselves_are_the_same(vocabulary):
         np.testing.assert_array_equal(found, prompts.tokenize(texts, vocabulary, length, strategy))
 
 
+def test_many_prompts_are_not_taken_apart_by_tensorflow(vocabulary, monkeypatch):
+    """Whose lists of a ragged tensor's rows took minutes of ImageNet's 80,000 prompts."""
+    monkeypatch.delattr(tf.RaggedTensor, "to_list")
+    ids = prompts.tokenize_around_names(["cat", "red dog"], ["a photo of a big {}"], vocabulary, 6)
+    assert [vocabulary.pieces[i] for i in ids[1]] == ["[CLS]", "a", "photo", "of", "red", "dog"]
+
+
 @pytest.mark.parametrize("strategy", ["random", "block", "syntax"])
 def test_other_reductions_choose_of_the_template(vocabulary, strategy):
     tiny_records.write_word_classes(vocabulary)
@@ -83,6 +91,7 @@ def test_label_maps_name_classes(tmp_path):
     assert prompts.read_label_map(str(path), 5) == [[2], [], [0, 4]]
     for text, part in (("2\n5\n", "line 2 of label map file .* is '5'"), ("1,2\n", "'1,2'"),
                        ("cat\n", "'cat'"), ("-1\n", "'-1'"), ("-\n-\n", "names no class"),
+                       ("1\n\n2\n", "line 2 of label map file .* is empty"),
                        ("", "is empty")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(UserError, match=part):
@@ -100,11 +109,15 @@ def refused(path, templates, *parts):
 
 def test_what_is_not_there_is_named(tmp_path):
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
-    refused(names, templates, names, "class name file", "does not exist", "one class name a line")
+    refused(names, templates, names, "class name file", "does not exist", "one class name a line",
+            "clipa_t5x.data.build prompts writes ImageNet's")  # fmt: skip
     names.write_text("cat\n")
     refused(names, templates, templates, "prompt template file", "does not exist")
     templates.write_text("\n \n")
     refused(names, templates, templates, "is empty")
+    names.write_text("cat\n\ndog\n")
+    refused(names, templates, "line 2 of class name file", names, "is empty, and the lines below")
+    names.write_text("cat\n")
     templates.write_text("a {}\na photo of a cat\n")
     refused(names, templates, templates, "'a photo of a cat'", "has no {}")
     names.write_text("")

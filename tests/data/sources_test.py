@@ -1,4 +1,5 @@
 import functools
+import io
 import re
 
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 import seqio
 import tensorflow as tf
 import tiny_records
+import tiny_tars
 
-from clipa_t5x.data import record_writer, sources, tfrecords
+from clipa_t5x.data import image_folders, record_writer, sources, tfrecords, webdataset
 from clipa_t5x.errors import UserError
 
 COUNT = 13
@@ -274,3 +276,33 @@ def test_labels_are_small_numbers(tmp_path, label, reason):
     found = at(source, [0], shuffle=False, replace_bad=False)
     assert source.records.counts() == ({f"bad/{reason}": 1} if reason else {})
     assert found["label"].tolist() == ([-1] if reason else [7])
+
+
+def multi_hot(length):
+    file = io.BytesIO()
+    np.save(file, np.ones(length, np.int8))
+    return {"png": tiny_tars.image(0, 4, 4, "PNG"), "npy": file.getvalue()}
+
+
+def test_classes_are_counted_where_the_data_tell(tmp_path, source):
+    assert source.num_classes("train") is None
+    for name in ("b", "a", "c"):
+        (tmp_path / "folders" / "val" / name).mkdir(parents=True)
+        (tmp_path / "folders" / "val" / name / "1.png").write_bytes(multi_hot(1)["png"])
+    labelled = sources.RecordFields("jpg", {}, "label")
+    for fields, count in ((labelled, 3), (sources.RecordFields("jpg"), None)):
+        folders = sources.ImageTextSource(
+            str(tmp_path / "folders"), image_folders.ImageFolder(), fields, {"val": "val/*"}
+        )
+        assert folders.num_classes("val") == count
+    arrays = sources.RecordFields("png", {}, None, "npy")
+    for lengths, count in (((7, 7), 7), ((7, 6), None)):
+        root = tmp_path / str(lengths)
+        tiny_tars.write(root / "train" / "0.tar", {str(i): multi_hot(n) for i, n in
+                                                   enumerate(lengths)})  # fmt: skip
+        tars = sources.ImageTextSource(str(root), webdataset.WebDataset(), arrays)
+        if count:
+            assert tars.num_classes("train") == count
+        else:
+            with pytest.raises(UserError, match="arrays of 6 and 7 classes in field 'npy'"):
+                tars.num_classes("train")

@@ -95,7 +95,7 @@ def test_classes_are_counted_by_tfds(data_dir):
         examples = tasks.get_source(name).examples_at(
             "train", np.arange(COUNT), shuffle=False, seed=0
         )
-        assert tasks.get_source(name).num_classes() == count
+        assert tasks.get_source(name).num_classes("test") == count
         if keys is several:
             rows = [row[row >= 0].tolist() for row in examples["labels"]]
             assert sorted(rows) == sorted([2, i % 2][: i % 3] for i in range(COUNT))

@@ -141,6 +141,40 @@ def test_a_folder_of_captions(tmp_path, vocabulary, params, functions, stated):
         assert k == 10 or 0 < text_to_image < 1
 
 
+def test_data_sets_are_called_as_their_folders(tmp_path, vocabulary, params, functions):
+    """One, several, or all that lie in a folder."""
+
+    def make(folders):
+        return clip_benchmark.evaluators(
+            folders, vocabulary, tiny_records.LENGTHS, 8, preprocessors.squash
+        )
+
+    write(tmp_path / "all" / "wds_voc", multi_hot, dataset_type="multilabel")
+    write(tmp_path / "all" / "wds_tiny", lambda i: {"cls": str(i % 5).encode()})
+    (tmp_path / "all" / "notes").mkdir()
+    root = str(tmp_path / "all")
+    found = make(root)
+    assert list(found) == ["wds_tiny", "wds_voc"]
+    values = {name: item.evaluate(params, functions, None) for name, item in found.items()}
+    assert {name for name, value in values.items() if "mean_average_precision" in value} == {
+        "wds_voc"
+    }
+    assert list(make(f"{root}/wds_voc/")) == ["wds_voc"]
+    assert list(make([f"{root}/wds_voc", f"{root}/wds_tiny"])) == ["wds_voc", "wds_tiny"]
+    assert list(make(["absent"])) == ["absent"]  # for its own check to refuse
+    with pytest.raises(UserError, match="wds_voc of CLIP_BENCHMARK_DIRS are both called wds_voc"):
+        make([root, f"{root}/wds_voc"])
+    for folders in ([], None, [None]):
+        with pytest.raises(UserError, match="CLIP_BENCHMARK_DIRS is .*: give folders"):
+            make(folders)
+
+
+def test_another_list_than_the_arrays_is_refused(tmp_path, vocabulary):
+    folder = write(tmp_path / "voc", multi_hot, dataset_type="multilabel")
+    (folder / "classnames.txt").write_text("\n".join((*WORDS, "big")))
+    refused(folder, vocabulary, "has 5 classes, but .*classnames.txt has 6 lines")
+
+
 def refused(folder, vocabulary, part):
     with pytest.raises(UserError, match=part):
         benchmark(folder, vocabulary).check()

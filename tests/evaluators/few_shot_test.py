@@ -134,6 +134,7 @@ def test_classes_that_were_never_seen_are_refused(tasks, params, tmp_path):
 
 @pytest.mark.parametrize("kwargs, part", [
     ({"shots": ()}, "shots of FewShot is"), ({"shots": (0,)}, "shots of FewShot is 0"),
+    ({"shots": 5}, "shots of FewShot is 5: .* in brackets"), ({"l2": 1.0}, "l2 of FewShot is 1.0"),
     ({"seeds": (1.5,)}, "seeds of FewShot is 1.5"), ({"l2": ()}, "l2 of FewShot is"),
     ({"l2": (1.0, 0.0)}, "give penalties above 0"),
 ])  # fmt: skip

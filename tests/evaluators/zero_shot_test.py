@@ -331,10 +331,26 @@ def test_lists_of_another_length_are_refused(directory, task, params, embed, mon
             with pytest.raises(UserError, match=f"has 7 classes, but .*{path}"):
                 use()
     classification(directory, task, num_classes=5).check()
-    monkeypatch.setattr(tasks.get_source(task), "num_classes", lambda: 6)
+    monkeypatch.setattr(tasks.get_source(task), "num_classes", lambda split: 6)
     with pytest.raises(UserError, match="zero_shot_test has 6 classes, but .*names.txt has 5"):
         classification(directory, task).check()
     classification(directory, task, label_map_path="six_map.txt").check()
+
+
+def test_lists_longer_than_any_label_are_told_of(directory, task, params, embed, caplog):
+    """Where labels alone tell of the classes: the last ones may just have no image."""
+    names = (directory / "names.txt").read_text()
+    (directory / "seven.txt").write_text(f"{names}cat\ndog\n")
+    for path, kwargs in (("names.txt", {}), ("seven.txt", {"num_classes": 7}), ("seven.txt", {})):
+        caplog.clear()
+        item = classification(directory, task, class_names_path=path, **kwargs)
+        item.evaluate(params, embed(), None)
+        said = [r.getMessage() for r in caplog.records if "largest label" in r.getMessage()]
+        assert len(said) == (path == "seven.txt" and not kwargs)
+    assert (
+        "seven.txt has 7 lines, and the largest label of the data set zero_shot_test is 4"
+        in said[0]
+    )
 
 
 def test_data_of_no_class_are_refused(directory, task, params, embed):
