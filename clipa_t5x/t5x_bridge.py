@@ -324,7 +324,7 @@ class Trainer(t5x.trainer.Trainer):
             batch_spec=dataset_cfg.batch_spec(),
         )  # fmt: skip
         _check_state(train_state, self._bound.abstract_state)
-        train_lib.check_data(model.clip, dataset_cfg, None, evaluators)
+        train_lib.check_data(model.clip, partitioner.spec, dataset_cfg, None, evaluators)
         self._evaluators, self._total_steps = evaluators, total_steps
         self._model_dir = kwargs["summary_dir"]
         self._writers = {
