@@ -231,7 +231,7 @@ class ZeroShotClassification:
         if known is None and whole and largest + 1 < len(classes.targets):
             logging.warning(
                 "%s has %d lines, and the largest label of the data set %s is %d: see that the "
-                "file belongs to the data, and say so by num_classes.",
+                "file belongs to the data (an evaluator with num_classes refuses another).",
                 classes.path, len(classes.targets), self._name, largest,
             )  # fmt: skip
 

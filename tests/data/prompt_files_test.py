@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from clipa_t5x.data import build, prompt_files, prompts
+from clipa_t5x.data import build, label_maps, prompt_files, prompts
 
 METADATA = """
 IMAGENET_CLASSNAMES = ("tench", "Chihuahua", "guinea pig")
@@ -23,14 +23,16 @@ def open_clip(tmp_path, monkeypatch):
     return root / "zero_shot_metadata.py"
 
 
-def test_files_are_open_clips(open_clip, tmp_path, capsys):
+def test_files_are_open_clips(open_clip, tmp_path, capsys, monkeypatch):
     open_clip.write_text(METADATA)
+    monkeypatch.setattr(label_maps, "installed", lambda: {"imagenet_a_map.txt": ["0", "-", "2"]})
     assert build.main(["prompts", f"--output_dir={tmp_path}/new/data"]) == 0
     files = {path.name: path.read_text() for path in (tmp_path / "new/data").iterdir()}
     assert files == {
         "imagenet_classes.txt": "tench\nChihuahua\nguinea pig\n",
         "imagenet_templates.txt": "a bad photo of a {}.\n{}, a {}\n",
         "imagenet_templates_simple.txt": "itap of a {}.\n",
+        "imagenet_a_map.txt": "0\n-\n2\n",
     }
     assert "imagenet_classes.txt is ready: 3 lines" in capsys.readouterr().out
     names, templates = (str(tmp_path / "new/data" / name) for name in list(prompt_files.FILES)[:2])
@@ -68,7 +70,13 @@ def test_the_installed_open_clip_will_do(tmp_path):
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip("open_clip is not installed: extra interop")
     counts = list(prompt_files.write(tmp_path).values())
-    assert counts[:2] == [1000, 80] and counts[2] > 0
+    assert counts[:2] == [1000, 80] and counts[2] > 0 and counts[3:] == [1000, 1000]
+    for name in ("imagenet_a_map.txt", "imagenet_r_map.txt"):
+        label_map = prompts.read_label_map(str(tmp_path / name), 1000)
+        assert [classes for classes in label_map if classes] == [
+            [i] for i, classes in enumerate(label_map) if classes
+        ]
+        assert sum(map(len, label_map)) == 200
     names, templates = (str(tmp_path / name) for name in list(prompt_files.FILES)[:2])
     texts = prompts.prompts(*prompts.read(names, templates))
     assert len(texts) == 80_000 and texts[0] == "a bad photo of a tench."
