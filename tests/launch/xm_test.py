@@ -90,7 +90,8 @@ def trainers(model_dir):
             command = path.read_bytes()
         except OSError:
             continue
-        if b"clipa_t5x.train" in command and str(model_dir).encode() + b"'" in command:
+        is_trainer = command.split(b"\0")[1:3] == [b"-m", b"clipa_t5x.train"]  # And not its guard.
+        if is_trainer and str(model_dir).encode() + b"'" in command:
             found.append(int(path.parent.name))
     return found
 
