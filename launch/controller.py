@@ -5,11 +5,11 @@ needs of both. All that it remembers is there, too, so that one that is killed c
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from clipa_t5x.errors import UserError
+from launch.clock import Clock, duration
 from launch.job import RestartPolicy
 from launch.restarts import Decision, Restarts
 
@@ -132,24 +132,6 @@ class Cloud(Protocol):
     def workers(self, resource: Resource) -> Workers:
         """Those of active machines."""
         ...
-
-
-class Clock:
-    """Time, and the wish to stop."""
-
-    def __init__(self):
-        self.is_stopping = False
-
-    def now(self) -> float:
-        """Seconds."""
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """Sleeps; less, where it is asked to stop meanwhile."""
-        end, was_stopping = self.now() + seconds, self.is_stopping
-        # In slices: a signal's handler does not cut a sleep short, and may take no lock.
-        while (left := end - self.now()) > 0 and self.is_stopping == was_stopping:
-            time.sleep(min(left, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +284,7 @@ class Controller:
         if resource is None or resource.state == "DELETING":
             self._delete()
             self._create()
-            resource = None
+            resource = self._cloud.find()
         else:
             self._restarts.count = max(self.restarts, resource.restarts)
             self._say(f"Machines of this job are there ({resource.state}): it goes on with them.")
@@ -480,10 +462,3 @@ def _raise_undeleted(waited: str) -> NoReturn:
         f"the job's machines are still there {waited} after their deletion was asked for, and may "
         "cost: see to it (python -m launch.gce delete)"
     )
-
-
-def duration(seconds: float) -> str:
-    """For people: '40 s', '12 min', '3.5 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
