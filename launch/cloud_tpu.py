@@ -18,9 +18,9 @@ from launch.clock import Clock, duration
 from launch.controller import Node, RefusedError, Resource, ServiceError, Workers
 
 try:
-    from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError
-    from google.cloud import tpu_v2
+    from google.api_core import exceptions  # pyright: ignore[reportMissingImports]
+    from google.auth.exceptions import GoogleAuthError  # pyright: ignore[reportMissingImports]
+    from google.cloud import tpu_v2  # pyright: ignore
 except ImportError as error:
     raise UserError(
         "launch.gce needs Google's client: pip install 'clipa_t5x[gce]' --constraint "

@@ -7,6 +7,7 @@ make them say it have tests of their own.
 import dataclasses
 import itertools
 import random
+import threading
 
 import grpc
 import pytest
@@ -27,7 +28,7 @@ PLACE = cloud_tpu.Place("p", "us-east5-b", "my-run")
 MACHINES = cloud_tpu.Machines("v5litepod-16", "v2-alpha-tpuv5-lite", tier="spot")
 POLICY = RestartPolicy(max_restarts=6, first_delay=10, max_delay=300, healthy_seconds=900)
 PATIENCE = Patience(
-    poll=30, check=60, active=48 * 3600, reach=600, peers=300, stop=300, delete=7200
+    poll=30, check=60, active=12 * 3600, reach=600, peers=300, stop=300, delete=7200
 )  # fmt: skip
 
 
@@ -42,14 +43,18 @@ class KilledError(BaseException):
 
 
 class KillableClock(TurnedClock):
-    """Kills who looks at it for the so-manieth time; and whoever does afterwards."""
+    """Kills the controller when it looks at it for the so-manieth time, and whenever afterwards.
+
+    The service, whose threads look at it, too, lives on.
+    """
 
     def __init__(self):
         super().__init__()
         self.looks_left = None
+        self._thread = threading.get_ident()
 
     def now(self):
-        if self.looks_left is not None:
+        if self.looks_left is not None and threading.get_ident() == self._thread:
             self.looks_left -= 1
             if self.looks_left <= 0:
                 raise KilledError
@@ -309,7 +314,7 @@ def test_failed_requests_that_may_pass_are_made_again(world):
 def test_no_machines_for_too_long(world):
     world.tpu.fates.append(Fate(waits=1e9))
     one_line_error(
-        world.run, "no machines after 48.0 h (WAITING_FOR_RESOURCES)", "--max_wait_hours"
+        world.run, "no machines after 12.0 h (WAITING_FOR_RESOURCES)", "--max_wait_hours"
     )
     assert not world.tpu.left
 
@@ -497,6 +502,11 @@ def run_schedules(server, seeds, most_kills):
     return outcomes
 
 
+def test_random_schedules_end_done_or_with_a_reason(server):
+    assert True in run_schedules(server, range(300, 315), most_kills=0)
+
+
+@pytest.mark.slow
 def test_200_random_schedules_end_done_or_with_a_reason(server):
     outcomes = run_schedules(server, range(200), most_kills=0)
     done = outcomes.count(True)
@@ -504,6 +514,9 @@ def test_200_random_schedules_end_done_or_with_a_reason(server):
     assert len({outcome for outcome in outcomes if outcome is not True}) > 10
 
 
-def test_controllers_killed_anywhere_are_followed_by_one_that_goes_on(server):
-    outcomes = run_schedules(server, range(1000, 1060), most_kills=4)
-    assert outcomes.count(True) > 15
+@pytest.mark.parametrize(
+    "seeds", [range(1200, 1205), pytest.param(range(1000, 1060), marks=pytest.mark.slow)]
+)
+def test_controllers_killed_anywhere_are_followed_by_one_that_goes_on(server, seeds):
+    outcomes = run_schedules(server, seeds, most_kills=4)
+    assert outcomes.count(True) > len(seeds) / 4
