@@ -21,8 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from clipa_t5x import gin_utils, topologies
 from clipa_t5x.errors import UserError
 from clipa_t5x.preemption import RESTART_STATUS
-from launch import cloud_tpu, controller, job, package, workers
+from launch import controller, job, package, workers
 from launch.clock import Clock, duration
+
+try:
+    from launch import cloud_tpu
+except UserError as error:  # There is no client.
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 # The machines' own Python is older than the project's.
 SETUP = (
@@ -33,8 +41,23 @@ SETUP = (
 _PYTHON = ".venv/bin/python"
 PATIENCE = controller.Patience()
 
-# What a killed `docker run` leaves behind is removed before the next one; by its own name alone.
-_CONTAINER = 'sudo docker rm --force "$1" >/dev/null 2>&1; shift; exec "$@"'
+# name, command. What a killed `docker run` left behind is removed; by its own name alone. Signals
+# do not reach what sudo runs: they go by way of docker.
+_CONTAINER = r"""
+name=$1
+shift
+sudo docker rm --force "$name" >/dev/null 2>&1
+trap 'sudo docker kill --signal=TERM "$name" >/dev/null' TERM
+"$@" &
+child=$!
+wait "$child"
+status=$?
+while [ -n "$(jobs -r)" ]; do
+  wait "$child"
+  status=$?
+done
+exit "$status"
+"""
 
 
 def plan(spec: job.JobSpec, setup: str) -> workers.Plan:
@@ -180,6 +203,10 @@ def _stopped_by_signals(clock: Clock) -> Iterator[None]:
     """The first signal asks to stop; a second one does what it does to any program."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
+    if (
+        before[signal.SIGHUP] == signal.SIG_IGN
+    ):  # As under nohup, which means to outlive a terminal.
+        del before[signal.SIGHUP]
 
     def restore() -> None:
         for number, handler in before.items():
@@ -189,7 +216,7 @@ def _stopped_by_signals(clock: Clock) -> Iterator[None]:
         clock.stop()
         restore()
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, stop)
     try:
         yield

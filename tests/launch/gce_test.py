@@ -5,10 +5,13 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
+import time
 
 import grpc
 import pytest
 
+from launch import job
 from launch.controller import Patience
 
 pytest.importorskip("google.cloud.tpu_v2", reason="google-cloud-tpu is not installed")
@@ -162,6 +165,41 @@ def test_a_container_is_run_by_its_name_and_its_leftover_removed(tpu, run, capsy
     assert run("--dry_run", "--environment=A=b c", where=("--image=r/i:1",)) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "docker run" in line)
     assert "clipa_t5x-my-run sudo docker run" in line and "'--env=A=b c' r/i:1 python3 -m" in line
+
+
+DOCKER = """#!/bin/bash
+echo "$1 ${*: -1}" >>"$HOMES/docker"
+case $1 in
+  run) trap 'exit 75' TERM; echo $$ >"$HOMES/pid"; while :; do sleep 0.1; done ;;
+  kill) kill -TERM "$(cat "$HOMES/pid")" ;;
+esac
+"""
+
+
+def test_a_container_ends_when_asked_to_and_its_status_is_the_starts(tpu, tmp_path):
+    for name, text in (("docker", DOCKER), ("sudo", '#!/bin/bash\nexec "$@"\n')):
+        (tmp_path / "programs" / name).write_text(text)
+        (tmp_path / "programs" / name).chmod(0o755)
+    spec = job.JobSpec(("a.gin",), "/runs/a", name="my-run", package=None, image="r/i:1")
+    started = subprocess.Popen(gce.plan(spec, "").command)
+    end = time.monotonic() + 20
+    while not (tmp_path / "homes/pid").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    started.terminate()
+    assert started.wait(20) == 75
+    called = (tmp_path / "homes/docker").read_text().splitlines()
+    assert called == ["rm clipa_t5x-my-run", "run --multiprocess", "kill clipa_t5x-my-run"]
+
+
+def test_without_the_client_it_says_how_to_get_it():
+    code = (
+        "import runpy, sys; sys.modules['google.cloud.tpu_v2'] = None; "
+        "runpy.run_module('launch.gce', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "pip install 'clipa_t5x[gce]'" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
