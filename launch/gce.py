@@ -331,7 +331,7 @@ def _stop(arguments: argparse.Namespace, folder: str) -> int:
     place = _place(arguments, arguments.name)
     if arguments.dry_run:
         say(f"would send SIGTERM to what {place.name} started on its workers, and wait for it")
-        return _delete(arguments, folder)
+        return 0 if arguments.keep else _delete(arguments, folder)
     door = Door(place, _login(arguments), folder)
     resource = door.cloud.find()
     if resource is not None and resource.state == "ACTIVE":
