@@ -202,13 +202,13 @@ def _curve(size: sweep_runs.Size, cells: Sequence[Cell]) -> Curve:
     if len(cells) < scaling_fit.MIN_SHARES:
         counts = f"{len(cells)} token count{'s' * (len(cells) != 1)}"
         problem = (
-            f"{size.name}: no curve through {counts}: it has {scaling_fit.PARAMETERS} parameters "
-            f"and takes {scaling_fit.MIN_SHARES}"
+            f"no curve through {counts}: it has {scaling_fit.PARAMETERS} parameters and takes "
+            f"{scaling_fit.MIN_SHARES}"
         )
     elif min(cell.std for cell in cells) == 0:
         problem = (
-            f"{size.name}: no curve, as neither a number of examples nor several seeds tell how "
-            "far to trust a point"
+            "no curve, as neither a number of examples nor several seeds tell how far to trust a "
+            "point"
         )
     else:
         fit = scaling_fit.fit(
@@ -274,8 +274,9 @@ def _measured(curve: Curve, share: float, relative: bool) -> Loss | None:
 
 
 def _fitted(curve: Curve, share: float, relative: bool) -> Loss | None:
-    fit = curve.fit
-    if fit is None:
+    # Nothing is told beyond a curve's points: neither of fewer tokens nor of all.
+    fit, last = curve.fit, curve.cells[-1]
+    if fit is None or not math.isfinite(last.drop) or last.share > share + 1e-6:
         return None
     if relative:
         return Loss(curve.size, fit.relative_drop(share), fit.relative_drop_std(share))

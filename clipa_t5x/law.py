@@ -1,7 +1,7 @@
 """The inverse scaling law of a sweep over model size and tokens: a table, a page, CSV and JSON.
 
     python -m clipa_t5x.law RUN_OR_EXPERIMENT_DIR... [--metric=accuracy] [--evaluator=NAME]
-        [--output=law.html] [--csv] [--json]
+        [--output=law.html] [--csv] [--json] [--svg]
     python -m clipa_t5x.law --published
 
 Runs are grouped by the sizes of their towers and by the tokens of their first stage. What is
@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", default="law.html", help="the page to write; default: %(default)s")
     add("--csv", action="store_true", help="write a line for every run beside the page, too")
     add("--json", action="store_true", help="write all that was reckoned beside the page, too")
+    add("--svg", action="store_true", help="write every picture as a file beside the page, too")
     return parser
 
 
@@ -46,6 +47,11 @@ def _sweep(arguments: argparse.Namespace) -> sweep_runs.Sweep:
 
 def _write(arguments: argparse.Namespace, law: inverse_scaling.Law) -> list[pathlib.Path]:
     path = pathlib.Path(arguments.output)
+    if path.suffix in (".csv", ".json", ".svg"):
+        raise errors.UserError(
+            f"--output={arguments.output} names the page, which is HTML: name it .html; --csv, "
+            "--json and --svg write files beside it"
+        )
     title = "published" if arguments.published else ", ".join(
         pathlib.Path(folder).resolve().name for folder in arguments.folders[:3]
     )  # fmt: skip
@@ -55,6 +61,9 @@ def _write(arguments: argparse.Namespace, law: inverse_scaling.Law) -> list[path
     if arguments.json:
         record = json.dumps(law_tables.to_record(law), indent=1, allow_nan=False) + "\n"
         texts[path.with_suffix(".json")] = record
+    if arguments.svg:
+        for key, text in law_plot.files(law).items():
+            texts[path.with_name(f"{path.stem}_{key}.svg")] = text
     return [report_page.write(each, text, what="") for each, text in texts.items()]
 
 

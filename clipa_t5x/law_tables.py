@@ -11,13 +11,14 @@ from clipa_t5x import inverse_scaling, report_plots, run_summary, scaling_fit, s
 MISSING = run_summary.MISSING
 
 
-def points(value: float, std: float | None = None, sign: bool = False) -> str:
+def points(value: float, std: float | None = None, sign: bool = False, digits: int = 1) -> str:
     """A share as percentage points, with its standard deviation: '76.3 ± 1.4'."""
     if not math.isfinite(value):
         return MISSING
+    shown = round(value * 100, digits)
     # What rounds to nothing has no sign.
-    text = f"{value * 100:{'+' if sign else ''}.1f}".replace("-0.0", "0.0")
-    return text if std is None else f"{text} ± {std * 100:.1f}"
+    text = f"{shown:{'+' if sign and shown else ''}.{digits}f}" if shown else f"{0:.{digits}f}"
+    return text if std is None else f"{text} ± {std * 100:.{digits}f}"
 
 
 def share(value: float) -> str:
@@ -60,7 +61,7 @@ def drop_cells(axis: inverse_scaling.AxisLaw) -> list[list[str]]:
             if curve.fit is not None:
                 fitted = points(1 - curve.fit.error(cell.share))
                 # In accuracy, not in error.
-                residual = points(-curve.fit.residuals[index], sign=True)
+                residual = points(-curve.fit.residuals[index], sign=True, digits=2)
             is_full = cell.drop_std == 0
             rows.append(
                 [
@@ -90,7 +91,7 @@ def fit_cells(axis: inverse_scaling.AxisLaw) -> list[list[str]]:
             [
                 curve.size.name,
                 points(fit.full, fit.stds[0]),
-                points(fit.scale, fit.stds[1]),
+                f"{fit.scale * 100:.2g} ± {fit.stds[1] * 100:.2g}",
                 exponent,
                 f"{fit.chi2:.2f} / {fit.degrees}",
             ]
@@ -161,7 +162,12 @@ def seeds(law: inverse_scaling.Law) -> str:
 
 def remarks(law: inverse_scaling.Law) -> list[str]:
     """What else a reader should know: incomplete runs, sizes without a curve, what was noted."""
-    found = [f"{curve.problem}." for axis in law.axes for curve in axis.curves if curve.problem]
+    problems: dict[str, list[str]] = {}
+    for axis in law.axes:
+        for curve in filter(lambda curve: curve.problem, axis.curves):
+            name = f"{axis.axis} tokens: {curve.problem}"
+            problems.setdefault(name, []).append(curve.size.name)
+    found = [f"{text.capitalize()} ({', '.join(names)})." for text, names in problems.items()]
     runs = [run for run in law.sweep.runs if run.missing]
     if runs:
         names = ", ".join(f"{report_plots.label(run.name, 60)} ({run.missing})" for run in runs)

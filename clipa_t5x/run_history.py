@@ -250,10 +250,8 @@ def load(model_dir: str | os.PathLike[str]) -> RunHistory:
     directory = pathlib.Path(where)
     if not directory.is_dir():
         raise errors.UserError(f"model directory '{where}' does not exist: name the MODEL_DIR")
-    if (directory / SCHEDULE_FILE).is_file():
-        folders = [directory / name for name in _stage_names(directory / SCHEDULE_FILE)]
-    else:
-        folders = [directory]
+    is_schedule = (directory / SCHEDULE_FILE).is_file()
+    folders = stage_folders(directory) if is_schedule else [directory]
     if not any((folder / METRICS_FILE).is_file() for folder in folders):
         raise errors.UserError(
             f"no {METRICS_FILE} in '{where}' nor in stages of a {SCHEDULE_FILE} there: it is not "
@@ -261,6 +259,15 @@ def load(model_dir: str | os.PathLike[str]) -> RunHistory:
         )
     stages = tuple(load_stage(folder) for folder in folders)
     return RunHistory(name=directory.resolve().name, directory=directory, stages=stages)
+
+
+def stage_folders(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The model directories of a schedule's stages, whether they are there or not.
+
+    Raises:
+        errors.UserError: its `schedule.json` is not a list of sub-directories.
+    """
+    return [directory / name for name in _stage_names(directory / SCHEDULE_FILE)]
 
 
 def _stage_names(path: pathlib.Path) -> list[str]:

@@ -120,22 +120,23 @@ def load(
         UserError: there are no runs, none has the metric, it is no share, they were trained on or
             measured with different data, or differ within a size in more than tokens and seed.
     """
-    histories = _histories(folders)
+    histories, notes = _histories(folders)
     if not histories:
         named = ", ".join(f"'{os.fspath(folder)}'" for folder in folders)
         raise UserError(
             f"no run in {named}: name MODEL_DIRs ({run_history.METRICS_FILE} or "
             f"{run_history.SCHEDULE_FILE} in them), or folders of them"
+            + "".join(f"; {note}" for note in notes[:3])
         )
     found = _evaluations(histories)
     evaluator, others = _choose(found, metric, evaluator)
-    greatest = max((_number(h.stages[0], "image_size") for h in histories), default=0)
+    greatest = max(_tokens(history)[0] for history in histories)
     runs = [_run(history, evaluator, metric, greatest) for history in histories]
     _check_shares(runs, metric)
     _check_same(runs, lambda run: run.data, "trained on different data")
     completed = [run for run in runs if not run.missing]
     _check_same(completed, lambda run: run.examples, "evaluated on different numbers of examples")
-    notes = _recipe_notes(runs)
+    notes += _recipe_notes(runs)
     notes += [f"{h.name}: {text}." for h in histories for s in h.stages for text in s.problems]
     return sweep(runs, evaluator, metric, others, notes)
 
@@ -212,7 +213,10 @@ def _sized(runs: Iterable[Run]) -> list[Run]:
     return sized
 
 
-def _histories(folders: Sequence[str | os.PathLike[str]]) -> list[run_history.RunHistory]:
+def _histories(
+    folders: Sequence[str | os.PathLike[str]],
+) -> tuple[list[run_history.RunHistory], list[str]]:
+    """Runs that tell their tokens, each once, and notes of those that do not."""
     found: dict[pathlib.Path, run_history.RunHistory] = {}
     for folder in folders:
         path = pathlib.Path(folder)
@@ -220,7 +224,14 @@ def _histories(folders: Sequence[str | os.PathLike[str]]) -> list[run_history.Ru
             run_history.load(folder)  # says what is wrong with it
         for each in _model_dirs(path, _DEPTH):
             found.setdefault(each.resolve(), _history(each))
-    return list(found.values())
+    told, notes = [], []
+    for history in found.values():
+        if min(_tokens(history)) > 0:
+            told.append(history)
+        else:
+            name, file = report_plots.label(history.name, 60), run_history.STAGE_FILE
+            notes.append(f"{name} does not tell its tokens, in a {file}, and was left out.")
+    return told, notes
 
 
 def _model_dirs(folder: pathlib.Path, depth: int) -> Iterator[pathlib.Path]:
@@ -235,11 +246,10 @@ def _model_dirs(folder: pathlib.Path, depth: int) -> Iterator[pathlib.Path]:
 
 def _history(folder: pathlib.Path) -> run_history.RunHistory:
     is_schedule = (folder / run_history.SCHEDULE_FILE).is_file()
-    if is_schedule or (folder / run_history.METRICS_FILE).is_file():
-        return run_history.load(folder)
-    # It has been set up, and has not logged yet.
-    stage = run_history.load_stage(folder)
-    return run_history.RunHistory(stage.name, folder, (stage,))
+    stages = run_history.stage_folders(folder) if is_schedule else [folder]
+    # Some may have been set up and have not logged yet.
+    found = tuple(run_history.load_stage(stage) for stage in stages)
+    return run_history.RunHistory(folder.resolve().name, folder, found)
 
 
 def _evaluations(histories: Iterable[run_history.RunHistory]) -> list[tuple[str, str]]:
@@ -264,14 +274,13 @@ def _choose(
     return fitting[0], tuple(pair for pair in found if pair != (fitting[0], metric))
 
 
-def _number(stage: run_history.Stage, field: str) -> float:
-    value = stage.number(field)
-    if value is None:
-        raise UserError(
-            f"'{stage.directory}' does not tell its {field} ({run_history.STAGE_FILE}): its tokens "
-            "are unknown, so leave that run out"
-        )
-    return value
+def _tokens(history: run_history.RunHistory) -> tuple[float, float, float]:
+    """(pixels, share of patches kept, text tokens) of the first stage; 0 for what is not told."""
+    first = history.stages[0]
+    pixels, text = first.number("image_size"), first.number("text_length")
+    total, kept = first.number("num_image_tokens"), first.number("num_image_tokens_kept")
+    share = 1.0 if total is None or kept is None else kept / total if 0 < kept <= total else 0.0
+    return max(pixels or 0, 0), share, max(text or 0, 0)
 
 
 def _run(history: run_history.RunHistory, evaluator: str, metric: str, greatest: float) -> Run:
@@ -282,17 +291,15 @@ def _run(history: run_history.RunHistory, evaluator: str, metric: str, greatest:
     values = records[-1].values if records else {}
     examples = values.get("num_examples", math.nan)
     settings = [recipe_changes.parameters(stage.config) for stage in history.stages]
-    pixels, total = _number(first, "image_size"), first.number("num_image_tokens")
-    kept = first.number("num_image_tokens_kept")
-    share = kept / total if kept is not None and total else 1.0
+    pixels, share, text_tokens = _tokens(history)
     has_flops = all(stage.flops_per_example is not None for stage in history.stages)
     return Run(
         name=history.name,
         size=_size(first, settings[0]),
         pixels=pixels,
-        image_tokens=kept,
+        image_tokens=first.number("num_image_tokens_kept"),
         image_area=share * (pixels / greatest) ** 2,
-        text_tokens=_number(first, "text_length"),
+        text_tokens=text_tokens,
         seed=_seed(settings[0]),
         samples=history.spans(run_history.SAMPLES)[-1][1],
         training_flops=history.spans(run_history.FLOPS)[-1][1] if has_flops else math.nan,
@@ -322,7 +329,7 @@ def _missing(history: run_history.RunHistory, evaluated: int | None, what: str) 
 
 def _size(stage: run_history.Stage, settings: Mapping[str, Any]) -> Size:
     params = stage.number("num_params")
-    count = None if params is None else int(params)
+    count = int(params) if params is not None and params >= 1 else None
     sizes = {name: value for name, value in settings.items() if _last(name) in _SIZES}
     if not sizes:
         key = (stage.text("model"), stage.number("patch_size"), count)

@@ -57,7 +57,9 @@ def test_incomplete_runs_count_for_nothing():
                r.size.params == 1_000_000 else r for r in found]  # fmt: skip
     axis = image_law(no_full)
     assert math.isnan(axis.curves[0].cells[0].drop)
-    assert [loss.size.params for loss in axis.trends[0].losses] == [4_000_000, 16_000_000]
+    # Nor by a curve, which would have to guess.
+    for trend in axis.trends:
+        assert [loss.size.params for loss in trend.losses] == [4_000_000, 16_000_000]
 
 
 def test_few_points_have_no_curve_and_say_so():
@@ -80,11 +82,13 @@ def test_the_front_is_of_what_nothing_cheaper_equals():
 
 
 def test_published_points_show_the_law():
-    """CLIPA's figure 1: larger models lose less by fewer tokens."""
+    """CLIPA's figure of accuracy against compute: larger models lose less by fewer tokens."""
     law = inverse_scaling.analyse(sweep_runs.from_published())
     trends = [axis.chief for axis in law.axes if axis.chief]
-    assert trends and all(trend.line.slope < 0 for trend in trends)
+    assert [trend.line.direction for trend in trends] == [-1]
     (measured,) = [t for t in law.axes[0].trends if t.kind == "measured" and not t.relative]
     assert [loss.value for loss in measured.losses] == sorted(
         (loss.value for loss in measured.losses), reverse=True
     )
+    drops = {loss.size.name: round(loss.value * 100, 1) for loss in measured.losses}
+    assert drops == {"S/16": 6.1, "B/16": 4.2, "L/16": 3.0}

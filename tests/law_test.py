@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 def test_all_is_written(folder, capsys):
     output = folder / "law.html"
-    status = law.main([str(folder / "runs"), f"--output={output}", "--csv", "--json"])
+    status = law.main([str(folder / "runs"), f"--output={output}", "--csv", "--json", "--svg"])
     printed = capsys.readouterr().out
     assert status == 0 and "Image tokens: " in printed and "\x1b" not in printed
     assert "Incomplete, and left out" in printed and "step 4 of 10" in printed
@@ -30,6 +30,9 @@ def test_all_is_written(folder, capsys):
     assert len(rows) == 13 and {row["model"] for row in rows} == {"32x4/8", "64x4/8", "128x4/8"}
     record = json.loads((folder / "law.json").read_text())
     assert record["axes"][0]["axis"] == "image"
+    assert (folder / "law_image-drop.svg").read_text().startswith("<svg")
+    paths = [line for line in printed.splitlines() if line.startswith(str(folder))]
+    assert sorted(paths) == sorted(map(str, folder.glob("law*"))) and len(paths) == 7
 
 
 def test_the_page_holds_no_script_and_fetches_nothing(folder):
@@ -52,8 +55,23 @@ def test_published_points(tmp_path, capsys):
     assert "larger models lose less, as the inverse scaling law has it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--published", "x"], ["none"], ["--metric=x", "."]])
-def test_mistakes_are_one_line(arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "name MODEL_DIRs"),
+        (["--published", "x"], "or two things"),
+        (["none"], "'none' does not exist"),
+        (["empty"], "no run in 'empty'"),
+        (["--metric=x", "runs"], "--metric=x: they have zoo accuracy"),
+        (["--evaluator=y", "runs"], "--evaluator=y: they have zoo accuracy"),
+        (["runs", "--output=no/law.html"], "cannot write 'no/law.html'"),
+        (["runs", "--output=law.csv", "--csv"], "name it .html"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs" / "a")
+    (tmp_path / "empty").mkdir()
     assert law.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and part in err

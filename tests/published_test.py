@@ -1,7 +1,7 @@
 import experiments
 import pytest
 
-from clipa_t5x import plan, published
+from clipa_t5x import gin_utils, plan, published, recipe_changes
 
 BY_STAGES = {(p.model, p.data, p.recipe): p for p in published.POINTS}
 
@@ -58,3 +58,19 @@ def test_gins_recipes_take_the_compute_of_the_published_runs(schedule):
                 [published.stage_flops(point.model, stage) for stage in point.stages], rel=1e-4
             )
             assert {published.name_of(stage.model) for stage in stages} == {point.model}
+
+
+def test_models_have_the_published_number_of_parameters():
+    """As `recipes_test` has of the recipes."""
+    counts = {name: published.num_params(name) for name in ("S/16", "H/14", "bigG/14")}
+    assert counts == {"S/16": 55_479_169, "H/14": 967_906_049, "bigG/14": 2_516_796_289}
+
+
+def test_models_are_found_again_in_configurations():
+    experiments.parse("B16_stage2", "MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None")
+    gin_utils.build_arguments(experiments.TRAIN)
+    sizes = recipe_changes.parameters(gin_utils.operative_config())
+    assert published.name_by_sizes(sizes) == "B/16"
+    sizes["text_transformer.TextTransformer.depth"] = 13
+    assert published.name_by_sizes(sizes) is None
+    assert published.name_by_sizes({}) is None

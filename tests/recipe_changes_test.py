@@ -88,6 +88,19 @@ def test_a_default_that_is_said_is_no_difference():
     ]
 
 
+def test_parameters_have_their_macros_replaced():
+    found = recipe_changes.parameters(resolved("LEARNING_RATE = 0.5", "RANDOM_SEED = 7"))
+    assert found["schedules.warmup_cosine.peak"] == 0.5
+    assert found["train/input_pipeline.DatasetConfig.seed"] == 7
+    lengths = found["train/input_pipeline.DatasetConfig.task_feature_lengths"]
+    assert lengths == {"images": 16, "text": 8}
+    assert found["vision_transformer.VisionTransformer.width"] == 128
+    assert found["models.ClipModel.text_tower"] == "@text_transformer.TextTransformer()"
+    # What evaluates trains nothing.
+    assert not [name for name in found if "ZeroShot" in name]
+    assert recipe_changes.parameters("") == {}
+
+
 def test_values_over_several_lines_are_one_value():
     def recipe(*patterns):
         return resolved(f"DECAYED_PARAMETERS = {list(patterns)}")

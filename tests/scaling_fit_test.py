@@ -44,12 +44,30 @@ def test_residuals_are_what_the_curve_leaves():
     assert fit.chi2 == pytest.approx(sum(r**2 for r in left) / 0.01**2)
 
 
+def test_residuals_sum_to_nothing_by_their_weights():
+    stds = (0.01, 0.02, 0.005, 0.03, 0.01)
+    errors = [e + d for e, d in zip(law(0.3, 0.05, 0.8), (0.01, -0.02, 0, 0.01, 0), strict=True)]
+    fit = scaling_fit.fit(SHARES, errors, stds)
+    weighted = [r / std**2 for r, std in zip(fit.residuals, stds, strict=True)]
+    assert sum(weighted) == pytest.approx(0, abs=1e-6 * max(map(abs, weighted)))
+
+
+def test_points_that_scatter_more_than_they_say_widen_the_curve():
+    noise = (0.01, -0.02, 0.01, 0.01, -0.01)
+    errors = [e + d for e, d in zip(law(0.3, 0.05, 0.8), noise, strict=True)]
+    sure, unsure = (scaling_fit.fit(SHARES, errors, [std] * 5) for std in (0.001, 0.01))
+    assert sure.chi2 > 100 and sure.drop_std(0.1) == pytest.approx(
+        0.001 * math.sqrt(sure.chi2 / 2) * unsure.drop_std(0.1)
+        / (0.01 * math.sqrt(max(1, unsure.chi2 / 2)))
+    )  # fmt: skip
+
+
 def test_deviations_are_those_of_repeated_sweeps():
-    """Of 300 noisy sweeps the fitted drops scatter as each says of itself."""
+    """Of 150 noisy sweeps the fitted drops scatter as each says of itself."""
     rng = np.random.default_rng(0)
     wanted = np.asarray(law(0.3, 0.05, 0.8))
     fits = [scaling_fit.fit(SHARES, wanted + rng.normal(0, 0.003, 5), [0.003] * 5)
-            for _ in range(300)]  # fmt: skip
+            for _ in range(150)]  # fmt: skip
     drops = [fit.drop(0.25) for fit in fits]
     assert np.mean(drops) == pytest.approx(wanted[2] - 0.3, abs=0.001)
     assert np.std(drops) == pytest.approx(np.median([f.drop_std(0.25) for f in fits]), rel=0.35)
