@@ -1,13 +1,15 @@
 """A sweep made by a law says that law, in whatever order, and nothing of runs that are not done."""
 
+import csv
 import dataclasses
 import math
+import pathlib
 import random
 
 import pytest
 from synthetic_sweeps import SHARES, SIZES, run, runs, sweep
 
-from clipa_t5x import inverse_scaling, sweep_runs
+from clipa_t5x import inverse_scaling, law_tables, sweep_runs
 
 
 def image_law(found):
@@ -92,3 +94,33 @@ def test_published_points_show_the_law():
     )
     drops = {loss.size.name: round(loss.value * 100, 1) for loss in measured.losses}
     assert drops == {"S/16": 6.1, "B/16": 4.2, "L/16": 3.0}
+
+
+def committed_runs():
+    """The sweep of benchmarks/law, from its table."""
+    with (pathlib.Path(__file__).parents[1] / "benchmarks/law/sweep.csv").open() as lines:
+        for row in csv.DictReader(lines):
+            params = int(row["params"])
+            yield run(
+                params, float(row["image_area"]), int(row["seed"]), float(row["value"]),
+                name=row["run"], size=sweep_runs.Size(row["model"], (params,), params),
+                image_tokens=int(row["image_tokens"]), text_tokens=float(row["text_tokens"]),
+                training_flops=float(row["training_flops"]), examples=int(row["examples"]),
+                missing=row["missing"],
+            )  # fmt: skip
+
+
+def test_the_committed_sweep_says_what_its_page_does():
+    law = inverse_scaling.analyse(sweep(committed_runs()))
+    text = (pathlib.Path(__file__).parents[1] / "benchmarks/law/README.md").read_text()
+    assert len(law.sweep.completed) == 36 and law.seed_std == pytest.approx(0.022, abs=5e-4)
+    shown = 0
+    for axis in law.axes:
+        assert axis.chief.line.direction == 0
+        for trend in axis.trends:
+            if not trend.relative:
+                losses = [law_tables.points(loss.value, loss.std) for loss in trend.losses]
+                slope = law_tables.points(trend.line.slope, trend.line.std, sign=True)
+                assert f"| {' | '.join([*losses, slope])} |" in text
+                shown += 1
+    assert shown == 3

@@ -131,3 +131,18 @@ def test_rule_sets_are_files(rules, mesh, request):
     text = train.describe(**built, mesh_shape=mesh)
     golden = GOLDENS.parent / "layouts" / f"H14_{rules}.txt"
     check_golden(golden, text, request.config.getoption("--update_goldens"))
+
+
+def test_the_sweep_of_tiny_models_builds(monkeypatch):
+    """What it overrides is read, and told apart by the sizes that it makes."""
+    monkeypatch.chdir(experiments.REPOSITORY)
+    overrides = ["WIDTH = 32", "MLP_DIM = 64", "IMAGE_MASK_RATIO = 0.875", "TEXT_LENGTH = 4"]
+    gin_utils.parse(
+        ["benchmarks/law/sweep.gin"], [*overrides, "RANDOM_SEED = 1", "MODEL_DIR = 'unused'"],
+        [str(experiments.GIN)], root=experiments.TRAIN,
+    )  # fmt: skip
+    built = gin_utils.build_arguments(experiments.TRAIN)
+    towers = built["model"].image_tower, built["model"].text_tower
+    assert [(tower.width, tower.mlp_dim) for tower in towers] == [(32, 64)] * 2
+    assert towers[0].mask_ratio == 0.875 and built["random_seed"] == 1
+    assert built["train_dataset_cfg"].task_feature_lengths == {"images": 48, "text": 4}
