@@ -369,6 +369,7 @@ class Controller:
         is_running = any(start.status is None for start in latest)
         is_same = all(start.command == workers.fingerprint for start in latest)
         if is_running and not is_same:
+            self._has_asked = False  # They are the other command's, and not to be given back.
             raise FailedError(
                 "these machines are busy with another command under this name: stop that "
                 "(python -m launch.gce stop), or choose another --name"

@@ -228,6 +228,11 @@ def _run(arguments: argparse.Namespace, folder: str) -> int:
     from launch import recipe_check  # Imports the trainer.
 
     spec = job.from_arguments(arguments)
+    if "://" not in spec.model_dir and not spec.model_dir.startswith("/"):
+        raise UserError(
+            f"model_dir is {spec.model_dir!r}, which would be given back with the machines: take a "
+            "bucket's address (gs://...), or a path on a disk that the workers share."
+        )
     place, login = _place(arguments, spec.name), _login(arguments)
     accelerator_type, runtime_version = cloud_tpu.accelerator(topologies.parse(spec.topology))
     recipe_check.check_recipe(spec)

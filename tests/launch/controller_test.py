@@ -214,9 +214,8 @@ def test_machines_busy_with_another_command_are_left_alone(world):
     original = world._workers
     world._workers = lambda resource: _as(Others, original(resource))
     world.controller()._cloud.create(0)
-    one_line_error(
-        lambda: world.run(keep=True), "busy with another command", "choose another --name"
-    )
+    one_line_error(world.run, "busy with another command", "choose another --name")
+    assert len(world.tpu.left) == 2 and world.tpu.calls["delete_queued_resource"] == 0
 
 
 def test_a_service_that_stays_away_ends_the_job_and_says_what_may_be_left(world):

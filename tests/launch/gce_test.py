@@ -212,6 +212,7 @@ def test_without_the_client_it_says_how_to_get_it():
         (["--name=My_run"], ["name is 'My_run'"]),
         (["--ssh_user=-oProxyCommand"], ["--ssh_user"]),
         (["--ssh_key=nowhere/key"], ["nowhere/key.pub", "ssh-keygen"]),
+        (["--model_dir=runs/x"], ["model_dir is 'runs/x'", "gs://"]),
         (["--gin.LERNING_RATE=1"], ["LERNING_RATE"]),
     ],
 )
