@@ -245,14 +245,17 @@ def _parse_without_checkpoint() -> None:
 
 
 def _parse_to_train() -> None:
-    """Parses a recipe; one that has been begun needs no earlier stage any more."""
+    """Parses a recipe; one that has been begun, and names no earlier stage, needs none."""
     from clipa_t5x import checkpoints
 
-    if "INITIAL_CHECKPOINT_PATH" not in str(_FLAGS.gin_bindings):
+    try:
+        parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    except errors.UserError as error:
+        if "INITIAL_CHECKPOINT_PATH" not in str(error):
+            raise
         _parse_without_checkpoint()
-        if checkpoints.all_steps(gin_utils.build_arguments(ROOT)["model_dir"]):
-            return
-    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+        if not checkpoints.all_steps(gin_utils.build_arguments(ROOT)["model_dir"]):
+            raise
 
 
 def _train() -> None:
