@@ -9,6 +9,7 @@ import difflib
 import pathlib
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,6 +147,31 @@ def default(name: str) -> Any:
 def quoted(command: Sequence[str]) -> str:
     """A command as a line for a POSIX shell; the one place where anything is quoted."""
     return " ".join(map(shlex.quote, command))
+
+
+def cpu_devices(count: int, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which a process sees so many virtual CPU devices, and nothing else.
+
+    Args:
+      count: of devices.
+      given: variables that it gets otherwise; its XLA_FLAGS are kept.
+    """
+    flags = f"{given.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def exit_status(run: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
+    """The status of a launcher: what it returns, or 2 after a user's mistake, told in one line.
+
+    Args:
+      run: is given the arguments without the program's name.
+      argv: these; those of the process where None.
+    """
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -157,9 +157,7 @@ class Layout:
           UserError: CUDA_VISIBLE_DEVICES names too few.
         """
         if self.kind == "cpu":
-            count = f"--xla_force_host_platform_device_count={self.devices_per_process}"
-            flags = f"{given.get('XLA_FLAGS', '')} {count}".strip()
-            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+            return job.cpu_devices(self.devices_per_process, given)
         if self.kind == "tpu":
             return {}
         needed = self.num_processes * self.devices_per_process
@@ -278,11 +276,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the status to end with."""
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return job.exit_status(_run, argv)
 
 
 def _run(argv: Sequence[str]) -> int:

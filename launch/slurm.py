@@ -188,9 +188,7 @@ def _exports(spec: job.JobSpec, asked: Allocation) -> list[str]:
     if asked.gpus_per_node:
         variables["JAX_PLATFORMS"] = "cuda,cpu"  # Without a GPU it fails.
     else:
-        count = f"--xla_force_host_platform_device_count={asked.devices_per_process}"
-        variables["JAX_PLATFORMS"] = "cpu"
-        variables["XLA_FLAGS"] = f"{variables.get('XLA_FLAGS', '')} {count}".strip()
+        variables |= job.cpu_devices(asked.devices_per_process, variables)
     return [f"export {job.quoted([f'{name}={value}'])}" for name, value in variables.items()]
 
 
@@ -343,11 +341,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the status to end with."""
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return job.exit_status(_run, argv)
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -111,7 +111,7 @@ def _use_database(folder: pathlib.Path) -> None:
     flags.FLAGS(["launch.xm", f"--xm_db_yaml_config_path={settings}"], known_only=True)
 
 
-async def _run(title: str, units: Sequence[sweep.WorkUnit], executor: str, parallel: int) -> int:
+async def _submit(title: str, units: Sequence[sweep.WorkUnit], executor: str, parallel: int) -> int:
     """Submits all work units, at most so many at a time; how many failed."""
     xm, xm_local = _xmanager()
     room = asyncio.Semaphore(parallel)
@@ -160,23 +160,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an experiment; status 0, 1 where a work unit failed, or 2 after a user's mistake."""
-    try:
-        spec, arguments = job.parse_arguments(_parser(), sys.argv[1:] if argv is None else argv)
-        units = sweep.work_units(spec, arguments.sweep)
-        sweep.check(units)
-        if arguments.dry_run:
-            print(describe(units, arguments.executor))
-            return 0
-        if arguments.max_parallel < 1:
-            raise UserError(f"--max_parallel is {arguments.max_parallel}: at least 1 runs.")
-        _xmanager()
-        _use_database(pathlib.Path(spec.model_dir))
-        results.write_experiment(spec.model_dir, units)
-        failed = asyncio.run(_run(spec.name, units, arguments.executor, arguments.max_parallel))
-        print(results.write(spec.model_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return job.exit_status(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    spec, arguments = job.parse_arguments(_parser(), argv)
+    units = sweep.work_units(spec, arguments.sweep)
+    sweep.check(units)
+    if arguments.dry_run:
+        print(describe(units, arguments.executor))
+        return 0
+    if arguments.max_parallel < 1:
+        raise UserError(f"--max_parallel is {arguments.max_parallel}: at least 1 runs.")
+    _xmanager()
+    _use_database(pathlib.Path(spec.model_dir))
+    results.write_experiment(spec.model_dir, units)
+    failed = asyncio.run(_submit(spec.name, units, arguments.executor, arguments.max_parallel))
+    print(results.write(spec.model_dir))
     return 1 if failed else 0
 
 

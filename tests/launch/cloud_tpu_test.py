@@ -11,7 +11,7 @@ from launch.controller import Node, RefusedError, ServiceError
 
 pytest.importorskip("google.cloud.tpu_v2", reason="google-cloud-tpu is not installed")
 
-from fake_tpu import FakeTpu, Fate, NodeState, TurnedClock, served  # noqa: E402
+from fake_tpu import FakeTpu, Fate, NodeState, TurnedClock  # noqa: E402
 from google.api_core import exceptions  # noqa: E402
 from google.auth.exceptions import RefreshError  # noqa: E402
 
@@ -20,12 +20,6 @@ from launch import cloud_tpu  # noqa: E402
 PLACE = cloud_tpu.Place("p", "us-east5-b", "my-run")
 MACHINES = cloud_tpu.Machines("v5litepod-16", "v2-alpha-tpuv5-lite", tier="spot")
 CODE = grpc.StatusCode
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served() as server:
-        yield server
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from launch.controller import Start
 
 pytest.importorskip("google.cloud.tpu_v2", reason="google-cloud-tpu is not installed")
 
-from fake_tpu import Fate, served  # noqa: E402
+from fake_tpu import Fate  # noqa: E402
 from rented_machines import (  # noqa: E402
     MACHINES,
     POLICY,
@@ -24,12 +24,6 @@ from rented_machines import (  # noqa: E402
 )
 
 CODE = grpc.StatusCode
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served() as server:
-        yield server
 
 
 @pytest.fixture

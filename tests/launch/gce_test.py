@@ -16,7 +16,7 @@ from launch.controller import Patience
 
 pytest.importorskip("google.cloud.tpu_v2", reason="google-cloud-tpu is not installed")
 
-from fake_tpu import FakeTpu, Fate, served  # noqa: E402
+from fake_tpu import FakeTpu, Fate  # noqa: E402
 
 from launch import cloud_tpu, gce  # noqa: E402
 from launch.clock import Clock  # noqa: E402
@@ -39,12 +39,6 @@ print(ascii(sys.argv[1:]), ascii(os.environ.get("A")), flush=True)
 time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
 sys.exit(0 if os.path.exists("was") else open("was", "w") and 75)' "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served() as server:
-        yield server
 
 
 @pytest.fixture
