@@ -235,6 +235,8 @@ def parse_gin(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
 
 
 _NO_CHECKPOINT = "INITIAL_CHECKPOINT_PATH = None"
+# Of what neither writes nor restores.
+_UNUSED = ("MODEL_DIR = 'unused'", _NO_CHECKPOINT)
 
 
 def _parse_without_checkpoint() -> None:
@@ -259,23 +261,25 @@ def _parse_to_train() -> None:
 
 
 def _train() -> None:
-    if _FLAGS.dry_run:  # Writes nothing and restores nothing.
-        unused = ["MODEL_DIR = 'unused'", _NO_CHECKPOINT]
-        parse_gin(_FLAGS.gin_file, [*unused, *_FLAGS.gin_bindings])
-    else:
-        _parse_to_train()
     if _FLAGS.dry_run:
-        from clipa_t5x import train
+        _describe()
+        return
+    _parse_to_train()
+    if not _FLAGS.accept_recipe_changes:
+        # Built again to train: objects are cheap before anything is read or compiled.
+        model_dir = gin_utils.build_arguments(ROOT)["model_dir"]
+        recipe_changes.refuse(model_dir, gin_utils.operative_config())
+    goodput.count_from(processes.start_time())
+    gin_utils.get_root(ROOT)()
 
-        mesh = partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None
-        print(train.describe(**gin_utils.build_arguments(ROOT), mesh_shape=mesh))
-    else:
-        if not _FLAGS.accept_recipe_changes:
-            # Built again to train: objects are cheap before anything is read or compiled.
-            model_dir = gin_utils.build_arguments(ROOT)["model_dir"]
-            recipe_changes.refuse(model_dir, gin_utils.operative_config())
-        goodput.count_from(processes.start_time())
-        gin_utils.get_root(ROOT)()
+
+def _describe() -> None:
+    """A dry run: writes nothing and restores nothing."""
+    from clipa_t5x import train
+
+    parse_gin(_FLAGS.gin_file, [*_UNUSED, *_FLAGS.gin_bindings])
+    mesh = partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None
+    print(train.describe(**gin_utils.build_arguments(ROOT), mesh_shape=mesh))
 
 
 def _eval() -> None:
@@ -359,8 +363,7 @@ def _precompile() -> None:
 def _benchmark() -> None:
     from clipa_t5x.data import benchmark
 
-    unused = ["MODEL_DIR = 'unused'", _NO_CHECKPOINT]
-    parse_gin(_FLAGS.gin_file, [*unused, *_FLAGS.gin_bindings])
+    parse_gin(_FLAGS.gin_file, [*_UNUSED, *_FLAGS.gin_bindings])
     print(benchmark.run(gin_utils.build_arguments(ROOT)["train_dataset_cfg"], _FLAGS.seconds))
 
 

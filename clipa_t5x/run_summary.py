@@ -126,11 +126,16 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return cells
 
 
+def format_progress(step: int, total: float | None) -> str:
+    """How far a run is: 'step 20 of 300'."""
+    return f"step {step:,} of {format_count(total)}"
+
+
 def _stage_cell(row: Mapping[str, Any]) -> str:
     if row["step"] is None:
         return f"{row['stage']} (not begun)"
     if row["completed"] is False:
-        return f"{row['stage']} (step {row['step']:,} of {format_count(row['total_steps'])})"
+        return f"{row['stage']} ({format_progress(row['step'], row['total_steps'])})"
     return row["stage"]
 
 

@@ -101,6 +101,19 @@ def read(
     return schedule
 
 
+def parse_stage(
+    schedule: Schedule, number: int, shared: Sequence[str], search_paths: Sequence[str]
+) -> None:
+    """Puts a stage's configuration in force, with the overrides of all, and builds its objects.
+
+    Raises:
+      UserError: anything in it is refused.
+    """
+    bindings = [*schedule.bindings(number), *shared]
+    gin_utils.parse([schedule.stages[number]], bindings, search_paths, root=TRAIN_ROOT)
+    gin_utils.build_arguments(TRAIN_ROOT)
+
+
 def run(
     gin_files: Sequence[str],
     bindings: Sequence[str],
@@ -124,9 +137,7 @@ def run(
 
     def parse(number: int) -> str:
         """Puts a stage's configuration in force and returns it as resolved."""
-        stage_bindings = [*schedule.bindings(number), *shared]
-        gin_utils.parse([schedule.stages[number]], stage_bindings, search_paths, root=TRAIN_ROOT)
-        gin_utils.build_arguments(TRAIN_ROOT)
+        parse_stage(schedule, number, shared, search_paths)
         return gin_utils.operative_config()
 
     for number in range(len(schedule.stages)):

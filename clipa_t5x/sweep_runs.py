@@ -318,8 +318,8 @@ def _missing(history: run_history.RunHistory, evaluated: int | None, what: str) 
             where = f"{stage.name}: " if len(history.stages) > 1 else ""
             if stage.last_step is None:
                 return f"{where}not begun"
-            total = run_summary.format_count(stage.number("total_steps"))
-            return f"{where}step {stage.last_step:,} of {total}"
+            total = stage.number("total_steps")
+            return where + run_summary.format_progress(stage.last_step, total)
     last = history.stages[-1]
     total = last.number("total_steps")
     if evaluated is None:

@@ -18,7 +18,5 @@ def check_recipe(spec: job.JobSpec) -> None:
         return
     own, shared = schedule.split_bindings(bindings)
     stages = schedule.read(spec.gin_file, own, paths)
-    for number, stage in enumerate(stages.stages):
-        bound = [*stages.bindings(number), *shared]
-        gin_utils.parse([stage], bound, paths, root=main.ROOT)
-        gin_utils.build_arguments(main.ROOT)
+    for number in range(len(stages.stages)):
+        schedule.parse_stage(stages, number, shared, paths)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipa_t5x import errors, run_history, run_summary
-from launch import sweep
+from launch import job, sweep
 
 EXPERIMENT_FILE = "experiment.json"
 
@@ -80,8 +80,8 @@ def _result(folder: pathlib.Path, overrides: Mapping[str, str]) -> Result:
     is_done = all(row["completed"] for row in rows)
     begun = [row for row in rows if row["step"] is not None]
     last = begun[-1] if begun else None
-    total = run_summary.format_count(last["total_steps"]) if last else ""
-    state = f"step {last['step']:,} of {total}" if last else "not begun"
+    progress = run_summary.format_progress
+    state = progress(last["step"], last["total_steps"]) if last else "not begun"
     restarts = sum(stage.time_spent.restarts for stage in history.stages if stage.time_spent)
     metrics = {
         f"{group}/{name}".removeprefix(run_history.INFERENCE_EVAL): value
@@ -127,14 +127,13 @@ def write(folder: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table: the door `python -m launch.results`."""
+    return job.exit_status(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m launch.results", description=__doc__)
     parser.add_argument("folder", metavar="EXPERIMENT_DIR")
-    arguments = parser.parse_args(argv)
-    try:
-        print(write(arguments.folder))
-    except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(write(parser.parse_args(argv).folder))
     return 0
 
 
