@@ -4,6 +4,7 @@
 """
 
 import collections
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,15 +142,23 @@ def _embed_source(
     source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
 ) -> tuple[parity.Embeddings, str]:
     """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
-    ours = parity.embed(model, loaded.params, batch), "this package, before the checkpoint"
-    if not open_clip_peer.is_folder(source) or not (peer := open_clip_peer.version()):
-        return ours
-    config = open_clip_options.config_beside(source)
-    if config and open_clip_options.leaves_open(config, model):
-        return ours[0], f"{ours[1]}, as the configuration does not say all that {peer} would take"
-    if open_clip_peer.sizes(source) != (batch.images.shape[1], batch.ids.shape[1]):
-        return ours[0], f"{ours[1]}, as {peer} would make a model of another size"
-    return open_clip_peer.embed(source, batch), peer
+    incomparable = ""
+    if open_clip_peer.is_folder(source) and (peer := open_clip_peer.version()):
+        incomparable = _incomparable(source, model, batch, peer)
+        if not incomparable:
+            return open_clip_peer.embed(source, batch), peer
+    ours = parity.embed(model, loaded.params, batch)
+    return ours, f"this package, before the checkpoint{incomparable}"
+
+
+def _incomparable(source: str, model: models.ClipModel, batch: parity.Probe, peer: str) -> str:
+    """Why OpenCLIP would make another model of a folder; '' where it would not."""
+    config = os.path.join(source, open_clip_options.CONFIG_FILE)
+    if open_clip_options.leaves_open(config, model):
+        return f", as the configuration does not say all that {peer} would take"
+    if open_clip_options.sizes(config) != (batch.images.shape[1], batch.ids.shape[1]):
+        return f", as {peer} would make a model of another size"
+    return ""
 
 
 def _summary(source: str, model_dir: str, loaded: stage_handover.Loaded, num_params: int) -> str:

@@ -120,8 +120,7 @@ def options(config: Mapping[str, Any]) -> Options:
       UserError: a field has a value of the wrong kind, or one that no option here expresses.
     """
     preprocess = _section(config, "preprocess_cfg")
-    model = _section(config, "model_cfg") if "model_cfg" in config else config
-    vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
+    model, vision, text = _models(config)
     sections = {"model_cfg": model, "vision_cfg": vision, "text_cfg": text}
     for section, fields in _NONE_HERE.items():
         for field, allowed in fields.items():
@@ -152,6 +151,22 @@ def options(config: Mapping[str, Any]) -> Options:
         and not (name == "model_cfg" and section is config and field == "preprocess_cfg")
     )  # fmt: skip
     return Options(values, frozenset(unsaid), unknown, bool(text.get("hf_tokenizer_name")))
+
+
+def sizes(path: str) -> tuple[Any, Any]:
+    """(side of the images, length of the texts) that a configuration's model takes.
+
+    Raises:
+      UserError: the file is no such configuration.
+    """
+    _, vision, text = _models(read(path))
+    return vision.get("image_size", 224), text.get("context_length", 77)
+
+
+def _models(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The sections of the model and of its two towers; a configuration may be the first alone."""
+    model = _section(config, "model_cfg") if "model_cfg" in config else config
+    return model, _section(model, "vision_cfg"), _section(model, "text_cfg")
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -30,14 +30,6 @@ def is_folder(path: str) -> bool:
     return os.path.isfile(os.path.join(path, open_clip_options.CONFIG_FILE))
 
 
-def sizes(folder: str) -> tuple[Any, Any]:
-    """(side of the images, length of the texts) of the model that a folder describes."""
-    config = open_clip_options.read(os.path.join(folder, open_clip_options.CONFIG_FILE))
-    stated: Any = config.get("model_cfg")
-    vision, text = (stated.get(each) or {} for each in ("vision_cfg", "text_cfg"))
-    return vision.get("image_size", 224), text.get("context_length", 77)
-
-
 def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:
     """Loads a local folder as any user of OpenCLIP does, and embeds a probe in float32.
 
