@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 from absl import logging
-from etils import epath
 
 from clipa_t5x import (
     checkpoints,
     evaluation,
     evaluation_watch,
+    folders,
     lease,
     metrics,
     models,
@@ -26,7 +26,7 @@ from clipa_t5x import (
 )
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
-from clipa_t5x.errors import UserError, storage_errors
+from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
 
 
@@ -64,7 +64,7 @@ def evaluate(
       UserError: there is no complete checkpoint, or it is of another model; there is nothing to
         evaluate, or as `evaluation.check`.
     """
-    _check_folder(model_dir)
+    folders.check_model_dir(model_dir, "name that of the run to evaluate")
     trainer, layout = _bind(model, optimizer, partitioner, train_dataset_cfg)
     _check(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     loaded = stage_handover.load_params(
@@ -72,8 +72,8 @@ def evaluate(
     )
     source, step = loaded.model_dir or model_dir, loaded.step
     logging.info("Evaluating %s after step %d.", source, step)
-    if jax.process_index() == 0:
-        _make_folder(source)
+    if jax.process_index() == 0:  # Before there is something to write, which may take hours.
+        folders.make(source, "MODEL_DIR", "name a folder that can, for the results")
     with contextlib.closing(metrics.MetricsWriter(source)) as writer:
         run_all = evaluation.Evaluation(
             trainer, layout, train_eval_dataset_cfg, evaluators, writer, source
@@ -120,7 +120,7 @@ def watch(
       UserError: another watch is on this MODEL_DIR, or as `evaluate` and
         `evaluation_watch.Watch.run`.
     """
-    _check_folder(model_dir)
+    folders.check_model_dir(model_dir, "name that of the run to evaluate")
     trainer, layout = _bind(model, optimizer, partitioner, train_dataset_cfg)
     _check(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     with contextlib.ExitStack() as stack:
@@ -148,28 +148,6 @@ def watch(
             check_lease,
             checkpoint_cfg.save.period,
         ).run(patience)
-
-
-def _check_folder(model_dir: str) -> None:
-    if not model_dir:
-        raise UserError("MODEL_DIR is empty: name that of the run to evaluate.")
-    if epath.Path(model_dir).is_file():
-        raise UserError(f"MODEL_DIR {model_dir} is a file: name a folder, existing or not.")
-
-
-def _make_folder(model_dir: str) -> None:
-    """Made before there is something to write there, which may take hours to find.
-
-    Raises:
-      UserError: it cannot be.
-    """
-    try:
-        epath.Path(model_dir).mkdir(parents=True, exist_ok=True)
-    except storage_errors() as error:
-        raise UserError(
-            f"MODEL_DIR {model_dir} cannot be made ({error}): name a folder that can, for the "
-            "results."
-        ) from error
 
 
 def _check(

@@ -15,9 +15,9 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from clipa_t5x import checkpoints, models, stage_handover, trainer
+from clipa_t5x import checkpoints, folders, models, stage_handover, trainer
 from clipa_t5x.data import input_pipeline, tasks
-from clipa_t5x.errors import UserError, storage_errors
+from clipa_t5x.errors import UserError
 from clipa_t5x.weights import (
     array_files,
     array_sources,
@@ -95,7 +95,8 @@ def export(
         "open_clip": job.open_clip, "clipa": job.clipa, "stablehlo": job.stablehlo,
     }[export_format]  # fmt: skip
     with _reading(checkpoint or model_dir, job.shapes) as (read, source):
-        _make_folder(output_dir)
+        remedy = "name a folder, existing or not, that can be written"
+        folders.make(output_dir, "--output_dir", remedy)
         parameters, target = write(read)
         compared = _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
     found = parity.certificate(
@@ -111,16 +112,6 @@ def export(
             f"(--tolerance). See {os.path.join(output_dir, parity.FILE)}."
         )
     return found
-
-
-def _make_folder(path: str) -> None:
-    try:
-        epath.Path(path).mkdir(parents=True, exist_ok=True)
-    except storage_errors() as error:
-        raise UserError(
-            f"--output_dir {path} cannot be made ({error}): name a folder, existing or not, that "
-            "can be written."
-        ) from error
 
 
 def _read_again(

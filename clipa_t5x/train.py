@@ -17,6 +17,7 @@ from etils import epath
 from clipa_t5x import (
     checkpoints,
     evaluation,
+    folders,
     metrics,
     model_info,
     models,
@@ -136,10 +137,8 @@ def check_arguments(
     Raises:
       UserError: a missing model_dir, or a number that is none or too small.
     """
-    if not model_dir:
-        raise UserError("MODEL_DIR is empty: add --gin.MODEL_DIR=\"'runs/mine'\" to the command.")
-    if epath.Path(model_dir).is_file():
-        raise UserError(f"MODEL_DIR {model_dir} is a file: name a folder, existing or not.")
+    remedy = "add --gin.MODEL_DIR=\"'runs/mine'\" to the command"
+    folders.check_model_dir(model_dir, remedy)
     save_cfg.check()
     check_number("RANDOM_SEED", random_seed, minimum=0, whole=True)
 

@@ -13,7 +13,7 @@ PACKAGE = "clipa_t5x"
 LAYERS = [
     {"errors", "version"},
     {"losses", "schedules", "partitioning", "towers", "metrics", "augmentation"}
-    | {"processes", "wall_time", "evaluation_records"}
+    | {"processes", "wall_time", "evaluation_records", "folders"}
     | {"preemption", "peers", "watchdog"}
     | {"scaling_fit"}
     | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
