@@ -7,13 +7,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from clipa_t5x import metrics, models, partitioning
+from clipa_t5x import metrics, models, partitioning, run_history
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
-
-LOSS_GROUP, EVALUATOR_GROUP = "training_eval/", "inference_eval/"
 
 
 def check(
@@ -81,8 +79,8 @@ class Evaluation:
     def groups(self) -> list[str]:
         """What is evaluated: 'training_eval/<task>' for the loss, 'inference_eval/<evaluator>'."""
         cfg = self.train_eval_dataset_cfg
-        loss = [] if cfg is None else [f"{LOSS_GROUP}{cfg.mixture_or_task_name}"]
-        return [*loss, *(f"{EVALUATOR_GROUP}{name}" for name in self.evaluators)]
+        loss = [] if cfg is None else [f"{run_history.TRAINING_EVAL}{cfg.mixture_or_task_name}"]
+        return [*loss, *(f"{run_history.INFERENCE_EVAL}{name}" for name in self.evaluators)]
 
     def run(
         self, step: int, params: Any, last: bool, groups: Collection[str] | None = None
@@ -94,14 +92,18 @@ class Evaluation:
             if groups is not None and group not in groups:
                 continue
             cfg = self.train_eval_dataset_cfg
-            if cfg is not None and group.startswith(LOSS_GROUP):
+            if cfg is not None and group.startswith(run_history.TRAINING_EVAL):
                 values = eval_loss(self.trainer, self.layout, cfg, params, self.before_batch)
             else:
-                item = self.evaluators[group.removeprefix(EVALUATOR_GROUP)]
+                item = self.evaluators[group.removeprefix(run_history.INFERENCE_EVAL)]
                 values = item.evaluate(params, embed, self.model_dir if last else None)
             results[group] = values
             self.writer.write(step, group, values)
-            name = "of the loss" if group.startswith(LOSS_GROUP) else group.split("/", 1)[1]
+            name = (
+                "of the loss"
+                if group.startswith(run_history.TRAINING_EVAL)
+                else group.split("/", 1)[1]
+            )
             text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             logging.info("Evaluation %s after step %d: %s", name, step, text)
         return results

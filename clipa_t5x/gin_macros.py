@@ -21,10 +21,7 @@ def refuse_unread(bindings: Sequence[str]) -> None:
     """
     names = {binding.partition("=")[0].strip() for binding in bindings}
     known = {scope for scope, selector in config._CONFIG if selector == gin_statements.MACRO}
-    read: set[str] = set()
-    for parameters in config._CONFIG.values():
-        keys = (reference.config_key for reference in gin_statements.references(parameters))
-        read |= {name for name, called in keys if called == gin_statements.MACRO}
+    read = gin_statements.macros_read(config._CONFIG.values())
     for name in sorted(names & known - read):
         hint = gin_statements.did_you_mean(name, read)
         raise UserError(f"macro {name} is set but nothing reads it.{hint}")

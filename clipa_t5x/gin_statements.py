@@ -118,6 +118,12 @@ def unreferred(spelling: str, hint: str) -> str:
     return f"{spelling} is configured but nothing refers to it.{hint}"
 
 
+def macros_read(values: Iterable[Any]) -> set[str]:
+    """Returns the names of the macros that values read, at any depth."""
+    keys = (reference.config_key for value in values for reference in references(value))
+    return {name for name, selector in keys if selector == MACRO}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean X?` for the known name nearest to `name`, or nothing."""
     candidates = sorted(set(known) - {name})

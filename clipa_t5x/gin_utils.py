@@ -234,16 +234,6 @@ def _in_force() -> _Parsed:
     return _parsed
 
 
-def _macro_names(bindings: Iterable[Binding]) -> set[str]:
-    """Returns the macros that the values read."""
-    return {
-        scope
-        for binding in bindings
-        for scope, selector in (ref.config_key for ref in gin_statements.references(binding.value))
-        if selector == MACRO
-    }
-
-
 def _reach(entries: Sequence[_Call], lookup: _Lookup) -> dict[_Call, list[Binding]]:
     """Follows references from the entries; returns every call reached and the bindings it sees.
 
@@ -316,7 +306,7 @@ def _winning(bindings: Iterable[Binding]) -> _Lookup:
 def _refuse_undefined_macros(parsed: _Parsed) -> None:
     defined = {scope for scope, selector, _ in parsed.final if selector == MACRO}
     for binding in parsed.final.values():
-        for name in sorted(_macro_names([binding]) - defined):
+        for name in sorted(gin_statements.macros_read([binding.value]) - defined):
             hint = gin_statements.did_you_mean(name, {*defined, "gin.REQUIRED"})
             raise gin_statements.user_error(
                 binding.where, f"macro {name} is read but nothing sets it.{hint}"
@@ -352,7 +342,9 @@ def _mentioned(binding: Binding, others: Iterable[Binding]) -> bool:
 
 def _explain_dead(binding: Binding, calls: Iterable[_Call], parsed: _Parsed) -> str:
     if binding.selector == MACRO:
-        read = _macro_names(parsed.bindings) | {scope for scope, _ in parsed.entries[1:]}
+        read = gin_statements.macros_read(b.value for b in parsed.bindings) | {
+            scope for scope, _ in parsed.entries[1:]
+        }
         hint = gin_statements.did_you_mean(binding.scope, read)
         return f"macro {binding.scope} is set but nothing reads it.{hint}"
     if binding.selector not in {selector for _, selector in calls}:

@@ -16,7 +16,6 @@ from clipa_t5x import (
 )
 
 _QUIET, _RULE, _INK = (report_plots.COLORS[name][0] for name in ("quiet", "rule", "ink"))
-_SERIES = [light for name, (light, _) in report_plots.COLORS.items() if name.startswith("series")]
 # One more than colours, so that both together tell many sizes apart.
 _MARKERS = "os^DvpX"
 _SIZE = (5.6, 3.4)
@@ -188,15 +187,12 @@ def _file(picture: Picture) -> str:
 
 
 def _key(number: int, name: str) -> str:
-    color, text = _color(number), report_page.escape(name)
-    return (
-        '<span class="end"><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path '
-        f'd="M0 4H24" fill="none" style="stroke: {color}" stroke-width="3"/></svg>{text}</span> '
-    )
+    key = report_plots.curve_key(_color(number))
+    return f'<span class="end">{key}{report_page.escape(name)}</span> '
 
 
 def _color(index: int) -> str:
-    return _SERIES[index % len(_SERIES)]
+    return report_plots.SERIES[index % len(report_plots.SERIES)]
 
 
 def _marker(number: int) -> dict[str, Any]:

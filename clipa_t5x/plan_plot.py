@@ -28,7 +28,6 @@ td:nth-child(4), td:nth-child(5) { text-align: right; }
 _INK, _QUIET, _RULE, _PAPER = (
     report_plots.COLORS[name][0] for name in ("ink", "quiet", "rule", "paper")
 )
-_SERIES = [light for name, (light, _) in report_plots.COLORS.items() if name.startswith("series")]
 _MARKERS = "os^Dvp"
 
 _CAPTION = (
@@ -122,8 +121,12 @@ def _draw(axes: Any, marks: Sequence[Mark]) -> None:
 
     axes.set_xscale("log")
     for index, curve in enumerate(accuracy_curves.curves()):
-        dash, color = divmod(index, len(_SERIES))
-        style = {"color": _SERIES[color], "marker": _MARKERS[index % len(_MARKERS)], "ms": 4}
+        dash, color = divmod(index, len(report_plots.SERIES))
+        style = {
+            "color": report_plots.SERIES[color],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "ms": 4,
+        }
         xs, ys = zip(*map(_place, curve.points), strict=True)
         label = f"{curve.model}, {curve.data}"
         axes.plot(xs, ys, lw=1.5, linestyle=("-", "--")[dash % 2], label=label, **style)

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from clipa_t5x import errors, run_history, run_summary
@@ -31,7 +31,7 @@ COLORS = {
     "hit-ink": ("#1f7a48", "#6fd09c"),
     "miss-ink": ("#b0413a", "#ee8f88"),
 }
-_INK, _QUIET, _RULE, *_SERIES = [light for light, _ in COLORS.values()][:9]
+_INK, _QUIET, _RULE, *SERIES = [light for light, _ in COLORS.values()][:9]
 # Of matplotlib and of SVG.
 _DASHES = {"-": "none", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}
 
@@ -40,7 +40,7 @@ _MAX_POINTS = 600
 
 
 # More curves than colours share no panel: nobody could tell them apart.
-_MAX_SERIES = len(_SERIES)
+_MAX_SERIES = len(SERIES)
 
 # Of metrics that have no panel of their own in `_plots`: a stranger's log may have any number.
 _MAX_OTHERS = 24
@@ -248,7 +248,7 @@ def _figure(plot: _Plot, view: _View) -> str:
         holes += len(series.values) - len(finite)
         name = f"{label(series.name)} " if len(plot.series) > 1 else ""
         end = html.escape(name + plot.show(series.values[-1]))
-        ends.append(f'<span class="end">{_key(style)}{end}</span>' if name else end)
+        ends.append(f'<span class="end">{curve_key(**style)}{end}</span>' if name else end)
         if finite:
             ordered = [plot.show(y) for y in (finite[0], finite[-1], min(finite), max(finite))]
             spans.append("{}from {} to {}, least {}, greatest {}".format(name, *ordered))
@@ -260,12 +260,12 @@ def _figure(plot: _Plot, view: _View) -> str:
     return f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
 
 
-def _key(style: Mapping[str, Any]) -> str:
+def curve_key(color: str, linestyle: str = "-") -> str:
     """A line as a curve is drawn: in the caption it hides none, however many and long names are."""
-    dashes = _DASHES[style["linestyle"]]
+    dashes = _DASHES[linestyle]
     return _themed(
         '<svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4H24" fill="none" '
-        f'style="stroke: {style["color"]}" stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
+        f'style="stroke: {color}" stroke-width="3" stroke-dasharray="{dashes}"/></svg>'
     )
 
 
@@ -367,11 +367,11 @@ def _styled(plot: _Plot, view: _View) -> Iterator[tuple[_Series, dict[str, Any]]
     """Colours tell curves apart, or runs where there are several; dashes tell the rest."""
     drawn = collections.Counter[int]()
     for index, series in enumerate(plot.series):
-        dash, color = divmod(index, len(_SERIES))
+        dash, color = divmod(index, len(SERIES))
         if len(view.histories) > 1:
-            dash, color = drawn[series.run], series.run % len(_SERIES)
+            dash, color = drawn[series.run], series.run % len(SERIES)
             drawn[series.run] += 1
-        yield series, {"color": _SERIES[color], "linestyle": list(_DASHES)[dash % len(_DASHES)]}
+        yield series, {"color": SERIES[color], "linestyle": list(_DASHES)[dash % len(_DASHES)]}
 
 
 def _draw_series(axes: Any, series: _Series, style: dict[str, Any]) -> None:
