@@ -10,7 +10,9 @@ by `launch.gce`.
 # pyright: reportMissingImports=false
 
 import argparse
+import contextlib
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -171,8 +173,10 @@ class Cloud:
                 for each in jobs:
                     await experiment.add(each)
         except _refusals() as error:
-            fact = " ".join(str(error).split())
-            raise UserError(f"nothing more is submitted: {fact[:400]}") from error
+            raise UserError(
+                f"{_fact(error)}: nothing more is submitted; see that credentials, quota and "
+                "cluster are those that are meant."
+            ) from error
 
     def _connect(self) -> None:
         """Prepares XManager's client."""
@@ -186,6 +190,14 @@ def _refusals() -> tuple[type[Exception], ...]:
 
     return (api.GoogleAPICallError, auth.GoogleAuthError, client.ApiException,
             config.ConfigException)  # fmt: skip
+
+
+def _fact(error: Exception) -> str:
+    """What was said, in one line."""
+    text = str(error)
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # Kubernetes answers in JSON.
+        text = json.loads(getattr(error, "body", None) or "")["message"]
+    return " ".join(text.split()).rstrip(".")[:400]
 
 
 class Vertex(Cloud):
@@ -378,7 +390,13 @@ EXECUTORS: dict[str, type[Cloud]] = {"vertex": Vertex, "kubernetes": Kubernetes}
 
 
 def executor(arguments: argparse.Namespace) -> Cloud:
-    """The one that flags ask for."""
+    """The one that flags ask for.
+
+    Raises:
+      UserError: Vertex AI without a project.
+    """
+    if arguments.executor == "vertex" and not arguments.project:
+        raise UserError("--executor=vertex needs --project=PROJECT, of Google Cloud.")
     return EXECUTORS[arguments.executor](
         arguments.project, arguments.region, arguments.service_account
     )
