@@ -31,8 +31,8 @@ from launch import job, local, results, sweep, xm_cloud
 
 _JOB_FILE = "job.yaml"
 _DATABASE_FILE = "experiments.sqlite3"
-# XManager starts what has a path, and quotes only what follows it.
-_ENV = "/usr/bin/env"
+# XManager gives a shell what is to run. It is to be replaced by it: signals are for the command.
+_EXEC = "exec"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -144,7 +144,7 @@ def _show(plan: Plan, commands: dict[str, list[str]]) -> None:
     for unit in plan.units:
         print(f"\n# work unit {unit.name}: {_job_file(plan, unit)} will be")
         print("".join(f"#   {line}\n" for line in unit.spec.as_yaml().splitlines()), end="")
-        print(job.quoted([_ENV, *commands[unit.name]]))
+        print(job.quoted([_EXEC, *commands[unit.name]]))
 
 
 @contextlib.contextmanager
@@ -189,6 +189,7 @@ def _submit(plan: Plan, cloud: xm_cloud.Cloud) -> int:
 async def run_here(plan: Plan, commands: dict[str, list[str]], max_parallel: int) -> int:
     """Runs the work units on this machine, and prints their table."""
     from xmanager import xm, xm_local
+    from xmanager.xm_local import executables
 
     for unit in plan.units:
         path = _job_file(plan, unit)
@@ -200,7 +201,7 @@ async def run_here(plan: Plan, commands: dict[str, list[str]], max_parallel: int
         loop.add_signal_handler(signum, runner.stop)
     try:
         async with xm_local.create_experiment(plan.name) as experiment:
-            [executable] = experiment.package([xm.binary(xm_local.LocalSpec(), _ENV)])
+            executable = executables.LocalBinary(name=plan.name, command=_EXEC)
             jobs = {
                 name: xm.Job(executable, xm_local.Local(), name=name, args=command)
                 for name, command in commands.items()

@@ -299,7 +299,10 @@ class Kubernetes(Cloud):
         from xmanager.cloud import kubernetes
         from xmanager.xm_local import executors, registry
 
-        config.load_config()
+        try:
+            config.load_incluster_config()
+        except config.ConfigException:  # This is no pod of the cluster.
+            config.load_kube_config()
 
         async def launch(unit: Any, job_group: Any) -> list[Any]:
             [each] = job_group.jobs.values()

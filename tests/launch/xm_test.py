@@ -37,10 +37,18 @@ def main(monkeypatch, pytestconfig, tmp_path):
 
 
 def test_the_dry_run_shows_every_job_and_does_nothing(main, tmp_path, capsys):
-    assert main("--sweep=LEARNING_RATE=[1e-3, 2e-3]", "--num_processes=2", "--dry_run") == 0
+    assert (
+        main(
+            "--sweep=LEARNING_RATE=[1e-3, 2e-3]",
+            "--topology=cpu-2",
+            "--num_processes=2",
+            "--dry_run",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert not (tmp_path / "experiment").exists()
-    commands = [line for line in out.splitlines() if line.startswith("/usr/bin/env ")]
+    commands = [line for line in out.splitlines() if line.startswith("exec ")]
     path = tmp_path / "experiment" / "LEARNING_RATE=2e-3" / "job.yaml"
     assert len(commands) == 2
     assert commands[1].endswith(f"-m launch.local --job={path} --num_processes=2")
@@ -152,7 +160,9 @@ time.sleep(600)
 
 
 STEPS = 40
-UNITS = [f"LEARNING_RATE={rate},TEXT_TOKENS={n}" for rate in ("1e-3", "2e-3") for n in (8, 16)]
+UNITS = [
+    f"LEARNING_RATE={rate},IMAGE_MASK_RATIO={n}" for rate in ("1e-3", "2e-3") for n in (0.5, 0.75)
+]
 
 
 @pytest.fixture
@@ -188,11 +198,15 @@ def start(library, tmp_path):
     return begin
 
 
-def kill_trainer(workspace, model_dir, moment, rng):
+def kill_trainer(launcher, workspace, model_dir, moment, rng):
     """Kills a work unit's trainer after something has been seen of it; returns the step."""
     before = killing.Snapshot.of(model_dir)
     chosen = killing.MOMENTS[moment]
-    wait_for(lambda: chosen.seen(before, killing.Snapshot.of(model_dir)), 900)
+    wait_for(
+        lambda: launcher.poll() is not None or chosen.seen(before, killing.Snapshot.of(model_dir)),
+        900,
+    )
+    assert launcher.poll() is None
     time.sleep(rng.uniform(0, 0.1))
     binding = f"--gin_bindings=MODEL_DIR = {str(model_dir.relative_to(workspace))!r}"
     [trainer] = find_trainers(workspace, binding)
@@ -204,9 +218,12 @@ def kill_trainer(workspace, model_dir, moment, rng):
 @pytest.mark.slow
 def test_four_work_units_one_killed_twice_come_to_the_same_end(start, tmp_path):
     began, rng = time.monotonic(), random.Random(0)
-    process, experiment = start("sweep", "LEARNING_RATE=[1e-3,2e-3] x TEXT_TOKENS=[8,16]")
+    process, experiment = start("sweep", "LEARNING_RATE=[1e-3,2e-3] x IMAGE_MASK_RATIO=[0.5,0.75]")
     killed = UNITS[1]
-    at = [kill_trainer(tmp_path, experiment / killed, moment, rng) for moment in ("save", "step")]
+    at = [
+        kill_trainer(process, tmp_path, experiment / killed, moment, rng)
+        for moment in ("save", "step")
+    ]
     log = tmp_path / "sweep.log"
     assert process.wait(3600) == 0, log.read_text()[-4000:]
     seconds = time.monotonic() - began
@@ -218,12 +235,12 @@ def test_four_work_units_one_killed_twice_come_to_the_same_end(start, tmp_path):
         assert [v for k, v in each["metrics"].items() if k.endswith("/accuracy")]
         assert each["restarts"] == (2 if each["work_unit"] == killed else 0)
     with (experiment / results.CSV_FILE).open(newline="") as file:
-        assert [row["TEXT_TOKENS"] for row in csv.DictReader(file)] == ["8", "16", "8", "16"]
+        assert [row["IMAGE_MASK_RATIO"] for row in csv.DictReader(file)] == ["0.5", "0.75"] * 2
     text = log.read_text()
     assert text.count("ended with 137 (SIGKILL)") == 2
     print(f"killed after {at} steps; {seconds:.0f} s\n{text[text.index('LEARNING_RATE  ') :]}")
 
-    process, undisturbed = start("whole", "LEARNING_RATE=[1e-3] x TEXT_TOKENS=[16]")
+    process, undisturbed = start("whole", "LEARNING_RATE=[1e-3] x IMAGE_MASK_RATIO=[0.75]")
     assert process.wait(3600) == 0
     ends = [
         experiments.saved_state(str(each / killed), STEPS) for each in (experiment, undisturbed)
