@@ -7,7 +7,7 @@ by `launch.gce`.
 """
 
 # XManager is an extra, and not wherever this is checked.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 import argparse
 import contextlib
@@ -216,7 +216,7 @@ class Vertex(Cloud):
         return xm_local.Vertex(requirements=requirements)
 
     def _connect(self) -> None:
-        from google.cloud import aiplatform_v1
+        from google.cloud import aiplatform_v1  # pyright: ignore[reportAttributeAccessIssue]
         from xmanager.cloud import vertex
 
         cloud = self
@@ -236,7 +236,7 @@ class Vertex(Cloud):
 
     def custom_job(self, name: str, made: Any) -> Any:
         """The request for a job of `make_job`, an `aiplatform_v1.CustomJob`."""
-        from google.cloud import aiplatform_v1 as v1
+        from google.cloud import aiplatform_v1 as v1  # pyright: ignore[reportAttributeAccessIssue]
         from xmanager import xm
         from xmanager.cloud import vertex
 
