@@ -1,183 +1,256 @@
-"""Experiments by XManager: `python -m launch.xm --gin_file=... --sweep=...`.
+"""A job, or a sweep over it, as an XManager experiment: `python -m launch.xm --gin_file=... ...`.
 
-Each work unit of the sweep is a job with a MODEL_DIR of its own under --model_dir. On this machine
-it runs under `launch.local`, which begins it again when it is killed; on Vertex AI or Kubernetes it
-is a container of --image. At the end there is a table of results.
+`--sweep='LEARNING_RATE=[1e-3,2e-3] x TEXT_TOKENS=[8,16,32]'` makes six work units (see `sweep`),
+each with a MODEL_DIR in the experiment's folder, which is the job's MODEL_DIR. `--executor=local`
+runs them on this machine, `--max_parallel` at a time, each under `launch.local`, and ends with a
+table (see `results`). `vertex` and `kubernetes` submit them and end. Every recipe is checked before
+anything is submitted.
+
+Status 0: all are done, or submitted. 1: some failed. 2: a user's mistake. 75: stopped by a signal,
+and goes on when given again.
 """
+
+# XManager is an extra, and not wherever this is checked.
+# pyright: reportMissingImports=false
 
 import argparse
 import asyncio
+import contextlib
+import dataclasses
 import pathlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clipa_t5x import topologies
+import yaml
+
 from clipa_t5x.errors import UserError
-from launch import job, results, sweep
+from clipa_t5x.preemption import RESTART_STATUS
+from launch import job, local, results, sweep, xm_cloud
 
-EXECUTORS = ("local", "vertex", "kubernetes")
-_INSTALL = "XManager is not installed: pip install 'clipa_t5x[xmanager]'."
-
-# XManager's names of accelerators.
-_RESOURCES = {
-    "v4": "TPU_V4", "v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_V7X",
-    "gpu-a100": "A100_80GIB", "gpu-h100": "H100", "gpu-h200": "H200",
-}  # fmt: skip
+_JOB_FILE = "job.yaml"
+_DATABASE_FILE = "experiments.sqlite3"
+# XManager gives a shell what is to run. It is to be replaced by it: signals are for the command.
+_EXEC = "exec"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def local_command(unit: sweep.WorkUnit) -> list[str]:
-    """What runs a work unit on this machine; its job's file is in its MODEL_DIR."""
-    return [sys.executable, "-m", "launch.local", f"--job={_job_file(unit)}"]
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An experiment that can be submitted.
 
-
-def _job_file(unit: sweep.WorkUnit) -> pathlib.Path:
-    return pathlib.Path(unit.spec.model_dir) / "job.yaml"
-
-
-def requirements(spec: job.JobSpec) -> dict[str, Any]:
-    """What XManager is asked for, by its names: {'TPU_V5E': 256}.
-
-    Raises:
-      UserError: it has no such accelerator.
+    Attributes:
+      name: title, and part of names of resources.
+      folder: of this machine; of its records and of what the local executor runs.
+      units: the work units.
     """
-    topology = topologies.parse(spec.topology)
-    kind = topology.kind.name
-    if kind == "cpu":
-        return {"cpu": topology.num_chips}
-    if kind not in _RESOURCES:
-        raise UserError(f"XManager has no accelerator {kind}: {', '.join(_RESOURCES)} it has.")
-    if topology.shape and len(topology.shape) > 1:
-        return {_RESOURCES[kind]: "x".join(map(str, topology.shape))}
-    return {_RESOURCES[kind]: topology.num_chips}
+
+    name: str
+    folder: pathlib.Path
+    units: Sequence[sweep.WorkUnit]
 
 
-def _xmanager() -> tuple[Any, Any]:
-    try:
-        from xmanager import xm, xm_local  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(f"{_INSTALL} ({error})") from error
-    return xm, xm_local
-
-
-def cloud_job(unit: sweep.WorkUnit, executor: str) -> tuple[Any, Any]:
-    """(packageable, executor) of XManager's that a container of a work unit is submitted as.
-
-    Raises:
-      UserError: there is no --image, or XManager is not installed or has no such accelerator.
-    """
-    xm, xm_local = _xmanager()
-    if unit.spec.image is None:
-        raise UserError(f"--executor={executor} runs a container: give --image=REGISTRY/NAME:TAG.")
-    chosen = {"vertex": xm_local.Vertex, "kubernetes": xm_local.Kubernetes}[executor]
-    command = unit.spec.command()
-    packageable = xm.container(
-        chosen.Spec(), image_path=unit.spec.image, args=command,
-        env_vars=dict(unit.spec.environment),
-    )  # fmt: skip
-    needs = xm.JobRequirements(**requirements(unit.spec), replicas=unit.spec.num_slices)
-    return packageable, chosen(requirements=needs)
-
-
-def describe(units: Sequence[sweep.WorkUnit], executor: str) -> str:
-    """What would be submitted, as text for people: of every work unit its job and command."""
-    blocks = []
-    for number, unit in enumerate(units, 1):
-        lines = [f"# work unit {number}: {unit.name}"]
-        if executor == "local":
-            lines += [f"# {_job_file(unit)}:", unit.spec.as_yaml().rstrip()]
-            lines.append(job.quoted(local_command(unit)))
-        else:
-            needs = ", ".join(f"{k}={v}" for k, v in requirements(unit.spec).items())
-            lines.append(f"# {executor}, image {unit.spec.image}, {unit.spec.num_slices} x {needs}")
-            lines += [f"# {name}={value}" for name, value in unit.spec.environment.items()]
-            lines.append(job.quoted(unit.spec.command()))
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
-
-
-def _use_database(folder: pathlib.Path) -> None:
-    """XManager's own records go beside the experiment, not into the home directory."""
-    from absl import flags
-    from xmanager import xm_flags  # noqa: F401  # pyright: ignore[reportMissingImports]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    database = folder.absolute() / "xmanager.sqlite3"
-    settings = folder.absolute() / "xmanager.yaml"
-    settings.write_text(
-        "sql_connector: sqlite\n"
-        f"sql_connection_settings: {{backend: sqlite, db_name: {str(database)!r}}}\n"
-    )
-    flags.FLAGS(["launch.xm", f"--xm_db_yaml_config_path={settings}"], known_only=True)
-
-
-async def _submit(title: str, units: Sequence[sweep.WorkUnit], executor: str, parallel: int) -> int:
-    """Submits all work units, at most so many at a time; how many failed."""
-    xm, xm_local = _xmanager()
-    room = asyncio.Semaphore(parallel)
-    failed = 0
-    async with xm_local.create_experiment(experiment_title=title) as experiment:
-
-        def package(unit: sweep.WorkUnit) -> tuple[Any, Any]:
-            if executor != "local":
-                packageable, place = cloud_job(unit, executor)
-            else:
-                _job_file(unit).parent.mkdir(parents=True, exist_ok=True)
-                _job_file(unit).write_text(unit.spec.as_yaml())
-                python, *arguments = local_command(unit)
-                packageable = xm.binary(xm_local.Local.Spec(), path=python, args=arguments)
-                place = xm_local.Local(experimental_stream_output=True)
-            (executable,) = experiment.package([packageable])
-            return executable, place
-
-        async def run(unit: sweep.WorkUnit) -> None:
-            nonlocal failed
-            async with room:
-                executable, place = package(unit)
-                added = await experiment.add(xm.Job(executable, executor=place, name=unit.name))
-                try:
-                    await added.wait_until_complete()
-                except Exception as error:  # XManager's own kinds, of a process that failed.
-                    failed += 1
-                    print(f"work unit {unit.name} failed: {error}", file=sys.stderr)
-
-        await asyncio.gather(*map(run, units))
-    return failed
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m launch.xm", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    job.add_arguments(parser)
-    add = parser.add_argument
-    add("--sweep", action="append", default=[], help="see launch/sweep.py; repeatable")
-    add("--executor", choices=EXECUTORS, default="local")
-    add("--max_parallel", type=int, default=1, help="work units at a time; default: %(default)s")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser("python -m launch.xm", description=__doc__)
+    job.add_arguments(made)
+    add = made.add_argument
+    add("--sweep", action="append", default=[], help="grid, zip or list of overrides; repeatable")
+    add("--executor", choices=("local", *xm_cloud.EXECUTORS), default="local")
+    add("--experiment_dir", help="of records and tables; default: MODEL_DIR, where it is local")
+    add("--max_parallel", type=int, default=1, help="work units at a time on this machine")
+    add("--num_processes", type=int, default=1, help="of a work unit on this machine")
+    add("--devices_per_process", type=int, help="on this machine")
+    add("--project", help="of Google Cloud, for vertex")
+    add("--region", default="us-central1", help="of Vertex AI")
+    add("--service_account", help="that work units run as")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs an experiment; status 0, 1 where a work unit failed, or 2 after a user's mistake."""
+    """Returns the status to end with."""
     return job.exit_status(_run, argv)
 
 
 def _run(argv: Sequence[str]) -> int:
-    spec, arguments = job.parse_arguments(_parser(), argv)
-    units = sweep.work_units(spec, arguments.sweep)
-    sweep.check(units)
-    if arguments.dry_run:
-        print(describe(units, arguments.executor))
-        return 0
+    spec, arguments = job.parse_arguments(parser(), argv)
+    plan = make_plan(spec, arguments)
+    if arguments.executor != "local":
+        cloud = xm_cloud.executor(arguments)
+        for unit in plan.units:
+            cloud.check(unit.spec)
+        if arguments.dry_run:
+            print(cloud.shown(plan.units), end="")
+            return 0
+        with library(plan):
+            return _submit(plan, cloud)
+    local.layout(spec, arguments.num_processes, arguments.devices_per_process)
     if arguments.max_parallel < 1:
-        raise UserError(f"--max_parallel is {arguments.max_parallel}: at least 1 runs.")
-    _xmanager()
-    _use_database(pathlib.Path(spec.model_dir))
-    results.write_experiment(spec.model_dir, units)
-    failed = asyncio.run(_submit(spec.name, units, arguments.executor, arguments.max_parallel))
-    print(results.write(spec.model_dir))
-    return 1 if failed else 0
+        raise UserError(f"--max_parallel={arguments.max_parallel}: there is at least one.")
+    commands = {unit.name: _command(plan, unit, arguments) for unit in plan.units}
+    if arguments.dry_run:
+        _show(plan, commands)
+        return 0
+    with library(plan):
+        return asyncio.run(run_here(plan, commands, arguments.max_parallel))
+
+
+def make_plan(spec: job.JobSpec, arguments: argparse.Namespace) -> Plan:
+    """The experiment of a job and its sweeps, all its recipes checked.
+
+    Raises:
+      UserError: a sweep, or what would be submitted by it, is refused, and why.
+    """
+    package = spec.package or "."
+    if not pathlib.Path(package).is_dir():
+        raise UserError(f"package is {package!r}, which is no folder.")
+    is_remote = "://" in spec.model_dir
+    if is_remote and arguments.executor == "local" and not arguments.experiment_dir:
+        raise UserError(
+            f"model_dir is {spec.model_dir}: give --experiment_dir=DIR, a folder of this machine "
+            "for the experiment's records."
+        )
+    remote_default = pathlib.Path("experiments", spec.name)
+    folder = remote_default if is_remote else pathlib.Path(package, spec.model_dir)
+    if arguments.experiment_dir:
+        folder = pathlib.Path(arguments.experiment_dir)
+    units = sweep.work_units(spec, arguments.sweep)
+    with contextlib.chdir(package):
+        sweep.check(units)
+    return Plan(spec.name, folder, units)
+
+
+def _job_file(plan: Plan, unit: sweep.WorkUnit) -> pathlib.Path:
+    return plan.folder / unit.name / _JOB_FILE
+
+
+def _command(plan: Plan, unit: sweep.WorkUnit, arguments: argparse.Namespace) -> list[str]:
+    """What a work unit runs on this machine."""
+    command = [sys.executable, "-m", "launch.local", f"--job={_job_file(plan, unit)}"]
+    if arguments.num_processes > 1:
+        command.append(f"--num_processes={arguments.num_processes}")
+    if arguments.devices_per_process is not None:
+        command.append(f"--devices_per_process={arguments.devices_per_process}")
+    return command
+
+
+def _show(plan: Plan, commands: dict[str, list[str]]) -> None:
+    print(f"# {len(plan.units)} work units; records in {plan.folder}")
+    for unit in plan.units:
+        print(f"\n# work unit {unit.name}: {_job_file(plan, unit)} will be")
+        print("".join(f"#   {line}\n" for line in unit.spec.as_yaml().splitlines()), end="")
+        print(job.quoted([_EXEC, *commands[unit.name]]))
+
+
+@contextlib.contextmanager
+def library(plan: Plan) -> Iterator[None]:
+    """XManager, with its database in the experiment's folder and not in the user's.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        from absl import flags
+        from xmanager import xm_flags
+        from xmanager.xm_local.storage import database
+    except ImportError as error:
+        raise xm_cloud.not_installed(error) from error
+    settings = {"backend": "sqlite", "db_name": str(plan.folder.absolute() / _DATABASE_FILE)}
+    config = plan.folder.absolute() / "database.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(
+        yaml.safe_dump({"sql_connector": "sqlite", "sql_connection_settings": settings})
+    )
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS[xm_flags.DB_YAML_CONFIG_PATH.name].value = str(config)
+    caches = (database.database, database.db_settings, database.db_connector, database._db_config)
+    for cached in caches:  # Of an experiment before, in this process.
+        cached.cache_clear()
+    yield
+
+
+def _submit(plan: Plan, cloud: xm_cloud.Cloud) -> int:
+    results.Record.begin(plan.folder, plan.units)
+    asyncio.run(cloud.submit(plan.name, plan.units))
+    print(
+        f"launch: {len(plan.units)} work units are submitted; their MODEL_DIRs are in "
+        f"{plan.folder / results.RECORD_FILE}.",
+        file=sys.stderr,
+    )
+    return 0
+
+
+async def run_here(plan: Plan, commands: dict[str, list[str]], max_parallel: int) -> int:
+    """Runs the work units on this machine, and prints their table."""
+    from xmanager import xm, xm_local
+    from xmanager.xm_local import executables
+
+    for unit in plan.units:
+        path = _job_file(plan, unit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(unit.spec.as_yaml(), encoding="utf-8")
+    runner = _Runner(results.Record.begin(plan.folder, plan.units), max_parallel)
+    loop = asyncio.get_running_loop()
+    for signum in _SIGNALS:
+        loop.add_signal_handler(signum, runner.stop)
+    try:
+        async with xm_local.create_experiment(plan.name) as experiment:
+            executable = executables.LocalBinary(name=plan.name, command=_EXEC)
+            jobs = {
+                name: xm.Job(executable, xm_local.Local(), name=name, args=command)
+                for name, command in commands.items()
+            }
+            await asyncio.gather(*(runner.run(experiment, name, jobs[name]) for name in jobs))
+    except RuntimeError:
+        # XManager tells at the end, too, that a work unit failed, by its first.
+        if not any(runner.statuses.values()):
+            raise
+    print(results.report(runner.record))
+    return runner.status()
+
+
+class _Runner:
+    """Adds work units to an experiment, so many at a time, until it is told to stop."""
+
+    def __init__(self, record: results.Record, max_parallel: int):
+        self.record = record
+        self.statuses: dict[str, int] = {}
+        self._places = asyncio.Semaphore(max_parallel)
+        self._running: dict[str, Any] = {}
+        self._is_stopped = False
+
+    async def run(self, experiment: Any, name: str, xm_job: Any) -> None:
+        """Runs one when there is a place for it."""
+        from xmanager import xm
+
+        async with self._places:
+            if self._is_stopped:
+                return
+            unit = await experiment.add(xm_job)
+            # Of a work unit on this machine XManager shows neither its status nor a way to stop it.
+            [self._running[name]] = unit._local_execution_handles
+            if self._is_stopped:
+                self._running[name].terminate()
+            with contextlib.suppress(xm.ExperimentUnitFailedError):
+                await unit.wait_until_complete()
+            self.statuses[name] = self._running.pop(name).process.returncode
+            self.record.ended(name, self.statuses[name])
+
+    def stop(self) -> None:
+        """Has those that run save and end, and begins no more; again, it ends them at once."""
+        print(f"launch: {len(self._running)} work units are told to stop.", file=sys.stderr)
+        self._is_stopped = True
+        for handle in self._running.values():
+            handle.terminate()
+
+    def status(self) -> int:
+        """That this process ends with."""
+        failed = [status for status in self.statuses.values() if status not in (0, RESTART_STATUS)]
+        if failed:
+            return 1
+        return RESTART_STATUS if self._is_stopped or any(self.statuses.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,146 +1,251 @@
-"""Experiments as XManager gets them, and one that it really runs, by its local executor."""
+"""Experiments of XManager: planned, shown, run on this machine by its local executor, stopped."""
 
-import importlib.util
+import asyncio
+import csv
+import json
 import os
-import pathlib
-import shlex
+import random
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import experiments
 import numpy as np
 import pytest
-from saved_runs import one_line_error
+import yaml
+from chaos import killing
+from process_families import find_trainers, wait_for
 
 from launch import job, results, sweep, xm
 
-HAS_XMANAGER = importlib.util.find_spec("xmanager") is not None
-needs_xmanager = pytest.mark.skipif(
-    not HAS_XMANAGER, reason="XManager is not installed: pip install 'clipa_t5x[xmanager]'"
-)
-DIGITS = f"--gin_file={experiments.GIN}/digits_stage1.gin"
-PATHS = f"--gin_search_paths={experiments.GIN}"
+FLAGS = ["--gin_file=gin/digits_stage1.gin"]
 
 
-def units(**changes):
-    spec = job.JobSpec(("gin/a.gin",), "runs/exp", **changes)
-    return sweep.work_units(spec, ["RATE=[1e-3, 2e-3]"])
+@pytest.fixture
+def library():
+    pytest.importorskip("xmanager", reason="xmanager is not installed: extra xmanager")
 
 
-def test_a_dry_run_prints_what_would_run_and_begins_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = [DIGITS, PATHS, "--model_dir=exp", "--sweep=LEARNING_RATE=[1e-3, 2e-3]", "--dry_run"]
-    assert xm.main(flags) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("-m launch.local --job=exp/LEARNING_RATE=") == 2
-    assert "- LEARNING_RATE = 2e-3" in printed and not list(tmp_path.iterdir())
+@pytest.fixture
+def main(monkeypatch, pytestconfig, tmp_path):
+    """Runs the command in the repository with an experiment in `tmp_path / 'experiment'`."""
+    monkeypatch.chdir(pytestconfig.rootpath)
+    return lambda *flags: xm.main([*FLAGS, f"--model_dir={tmp_path / 'experiment'}", *flags])
 
 
-@pytest.mark.parametrize("executor", ["vertex", "kubernetes"])
-def test_containers_are_told_with_their_accelerators(executor):
-    text = xm.describe(units(image="reg/x:1", package=None, topology="v5e-256"), executor)
-    assert f"# {executor}, image reg/x:1, 1 x TPU_V5E=16x16" in text
-    assert "--gin_bindings=RATE = 2e-3" in text and "runs/exp/RATE=2e-3" in text
+def test_the_dry_run_shows_every_job_and_does_nothing(main, tmp_path, capsys):
+    assert (
+        main(
+            "--sweep=LEARNING_RATE=[1e-3, 2e-3]",
+            "--topology=cpu-2",
+            "--num_processes=2",
+            "--dry_run",
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert not (tmp_path / "experiment").exists()
+    commands = [line for line in out.splitlines() if line.startswith("exec ")]
+    path = tmp_path / "experiment" / "LEARNING_RATE=2e-3" / "job.yaml"
+    assert len(commands) == 2
+    assert commands[1].endswith(f"-m launch.local --job={path} --num_processes=2")
+    shown = "".join(line[4:] + "\n" for line in out.splitlines() if line.startswith("#   "))
+    second = yaml.safe_load(shown[shown.rindex("gin_file:") :])
+    assert second["model_dir"] == str(path.parent)
+    assert second["gin_bindings"] == ["LEARNING_RATE = 2e-3"]
 
 
 @pytest.mark.parametrize(
-    ("topology", "needs"),
-    [("v4-32", {"TPU_V4": "2x4x4"}), ("gpu-h100-8", {"H100": 8}), ("cpu-4", {"cpu": 4})],
+    ("flags", "part"),
+    [
+        (["--sweep=LEARNING_RATE=[1e-3] x LEARNING_RAT=[1]"], "Did you mean LEARNING_RATE?"),
+        (["--sweep=LEARNING_RATE=[1e-3"], "never closed"),
+        (["--max_parallel=0"], "--max_parallel=0"),
+        (["--image=x"], "launch.local runs no containers"),
+        (["--executor=vertex"], "needs --project"),
+        (["--executor=vertex", "--project=p"], "give --image"),
+        (["--model_dir=gs://bucket/x"], "give --experiment_dir"),
+        (["--package=none"], "no folder"),
+    ],
 )
-def test_accelerators_have_xmanagers_names(topology, needs):
-    assert xm.requirements(job.JobSpec(("a",), "b", topology=topology)) == needs
-
-
-def test_a_macro_that_the_recipe_has_not_is_refused_before_anything_begins(
-    tmp_path, monkeypatch, capsys
+def test_mistakes_are_refused_in_one_line_before_anything_is_submitted(
+    main, tmp_path, capsys, flags, part
 ):
-    monkeypatch.chdir(tmp_path)
-    assert xm.main([DIGITS, PATHS, "--model_dir=exp", "--sweep=LEARNIG_RATE=[1, 2]"]) == 2
-    error = capsys.readouterr().err
-    assert "LEARNIG_RATE" in error and "Did you mean LEARNING_RATE?" in error
-    assert not list(tmp_path.iterdir())
+    assert main(*flags) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert line.startswith("error: ") and part in line
+    assert not (tmp_path / "experiment").exists()
 
 
-@needs_xmanager
-@pytest.mark.parametrize("executor", ["vertex", "kubernetes"])
-def test_containers_are_xmanagers(executor):
-    unit = units(image="reg/x:1", package=None, topology="gpu-h100-8", environment={"A": "b"})[1]
-    packageable, place = xm.cloud_job(unit, executor)
-    assert type(place).__name__.lower() == executor
-    assert packageable.executable_spec.image_path == "reg/x:1"
-    assert dict(packageable.env_vars) == {"A": "b"}
-    assert shlex.split(" ".join(packageable.args.to_list())) == unit.spec.command()
-    assert "h100=8" in str(place.requirements)
+def test_a_missing_library_is_named(main, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xmanager", None)
+    assert main() == 2
+    assert "pip install 'clipa_t5x[xmanager]'" in capsys.readouterr().err
+    assert not (tmp_path / "experiment").exists()
 
 
-def test_containers_need_an_image():
-    if not HAS_XMANAGER:
-        one_line_error(lambda: xm.cloud_job(units()[0], "vertex"), "clipa_t5x[xmanager]")
-    else:
-        one_line_error(lambda: xm.cloud_job(units()[0], "vertex"), "--image")
+class Pretended:
+    """Work units that run Python code, given its number and a folder of all."""
+
+    def __init__(self, folder, code, count):
+        spec = job.JobSpec(("a.gin",), str(folder / "experiment"))
+        units = sweep.work_units(spec, [f"N={list(range(count))}"])
+        self.plan = xm.Plan("pretended", folder / "experiment", units)
+        self._commands = {
+            unit.name: [sys.executable, "-I", "-S", "-c", code, unit.overrides["N"], str(folder)]
+            for unit in units
+        }
+
+    def run(self, max_parallel):
+        with xm.library(self.plan):
+            return asyncio.run(xm.run_here(self.plan, self._commands, max_parallel))
+
+    def statuses(self):
+        return [unit.status for unit in results.Record.read(self.plan.folder).units]
 
 
-def trainers(model_dir):
-    """Process ids of a work unit's trainer."""
-    found = []
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes()
-        except OSError:
-            continue
-        is_trainer = command.split(b"\0")[1:3] == [b"-m", b"clipa_t5x.train"]  # And not its guard.
-        if is_trainer and str(model_dir).encode() + b"'" in command:
-            found.append(int(path.parent.name))
-    return found
+def test_so_many_work_units_at_a_time_and_one_that_fails_stops_no_other(
+    library, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code = """
+import os, sys, time
+number, folder = sys.argv[1:]
+print("hello of", number, flush=True)
+open(f"{folder}/running.{number}", "w")
+time.sleep(0.5)
+with open(f"{folder}/seen", "a") as file:
+    file.write(str(sum(name.startswith("running.") for name in os.listdir(folder))))
+os.remove(f"{folder}/running.{number}")
+sys.exit(3 if number == "1" else 0)
+"""
+    experiment = Pretended(tmp_path, code, 5)
+    assert experiment.run(2) == 1
+    assert experiment.statuses() == [0, 3, 0, 0, 0]
+    seen = (tmp_path / "seen").read_text()
+    assert len(seen) == 5 and set(seen) <= set("12") and "2" in seen
+    out = capsys.readouterr().out
+    assert all(f"[N={i}] hello of {i}" in out for i in range(5))
+    assert "failed (3)" in out
+    # XManager's records are with the experiment, and nothing is in the user's home.
+    with sqlite3.connect(experiment.plan.folder / "experiments.sqlite3") as database:
+        assert database.execute("SELECT experiment_title FROM experiment").fetchall() == [
+            ("pretended",)
+        ]
+        assert database.execute("SELECT count(*) FROM work_unit").fetchone() == (5,)
+    assert not (tmp_path / "home").exists()
 
 
-@needs_xmanager
+def test_told_to_stop_it_tells_those_that_run_and_begins_no_more(library, tmp_path):
+    code = """
+import signal, sys, time
+number, folder = sys.argv[1:]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+open(f"{folder}/running.{number}", "w")
+time.sleep(600)
+"""
+
+    def stop():
+        wait_for((tmp_path / "running.0").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    experiment = Pretended(tmp_path, code, 3)
+    assert experiment.run(1) == 75
+    assert experiment.statuses() == [75, None, None]
+    assert not (tmp_path / "running.1").exists()
+
+
+STEPS = 40
+UNITS = [
+    f"LEARNING_RATE={rate},IMAGE_MASK_RATIO={n}" for rate in ("1e-3", "2e-3") for n in (0.5, 0.75)
+]
+
+
+@pytest.fixture
+def start(library, tmp_path):
+    """Starts the command in a folder with data; returns the process and the experiment's folder."""
+    workspace = experiments.digits_dir(str(tmp_path))
+
+    def begin(name, sweep_text):
+        bindings = [
+            *experiments.MINIATURE, f"TRAIN_STEPS = {STEPS}", "CHECKPOINT_PERIOD = 4",
+            "LOG_PERIOD = 1", f"EVAL_PERIOD = {STEPS}",
+        ]  # fmt: skip
+        spec = {
+            "gin_file": f"{experiments.GIN}/digits_stage1.gin",
+            "gin_search_paths": str(experiments.GIN),
+            "gin_bindings": bindings,
+            "model_dir": name,
+            "restarts": {"first_delay": 0.1, "max_restarts": 5},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(spec))
+        with open(tmp_path / f"{name}.log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.xm", f"--job={path}", f"--sweep={sweep_text}",
+                 "--max_parallel=2"],
+                cwd=workspace,
+                env=experiments.environment(1),
+                stdout=log,
+                stderr=log,
+            )  # fmt: skip
+        return process, tmp_path / name
+
+    return begin
+
+
+def kill_trainer(launcher, workspace, model_dir, moment, rng):
+    """Kills a work unit's trainer after something has been seen of it; returns the step."""
+    before = killing.Snapshot.of(model_dir)
+    chosen = killing.MOMENTS[moment]
+    wait_for(
+        lambda: launcher.poll() is not None or chosen.seen(before, killing.Snapshot.of(model_dir)),
+        900,
+    )
+    assert launcher.poll() is None
+    time.sleep(rng.uniform(0, 0.1))
+    binding = f"--gin_bindings=MODEL_DIR = {str(model_dir.relative_to(workspace))!r}"
+    [trainer] = find_trainers(workspace, binding)
+    os.kill(trainer, signal.SIGKILL)
+    wait_for(lambda: trainer not in find_trainers(workspace, binding))
+    return killing.Snapshot.of(model_dir).lines["train"]
+
+
 @pytest.mark.slow
-def test_four_work_units_of_which_one_is_killed_twice(tmp_path):
-    experiments.digits_dir(str(tmp_path))
-    bindings = (
-        *experiments.UNEVALUATED,
-        "TRAIN_STEPS = 60",
-        "CHECKPOINT_PERIOD = 5",
-        "LOG_PERIOD = 1",
-    )
-    rates = ("1e-3", "2e-3", "3e-3", "4e-3")
-    (tmp_path / "job.yaml").write_text("restarts: {first_delay: 0.5}\n")
-    command = [
-        sys.executable, "-m", "launch.xm", "--job=job.yaml", DIGITS, PATHS, "--model_dir=exp",
-        "--max_parallel=2", f"--sweep=LEARNING_RATE=[{', '.join(rates)}]",
-        *(f"--gin_bindings={each}" for each in bindings),
-    ]  # fmt: skip
-    environment = experiments.environment(1, optimized=True)
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    victim = "exp/LEARNING_RATE=2e-3"
-    metrics = tmp_path / victim / "metrics.jsonl"
-    deadline = time.monotonic() + 900
-    for steps in (8, 30):
-        while not metrics.exists() or metrics.read_text().count('"train"') < steps:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        (pid,) = trainers(victim)
-        os.kill(pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-3000:]
-    found = {each.name: each for each in results.collect(str(tmp_path / "exp"))}
-    assert [each.state for each in found.values()] == ["completed"] * 4
-    assert [each.restarts for each in found.values()] == [0, 2, 0, 0]
-    assert "LEARNING_RATE=4e-3" in output and (tmp_path / "exp" / "results.csv").exists()
-    assert (tmp_path / "exp" / "xmanager.sqlite3").exists()
-    # The killed one's end is that of a run that nobody disturbed.
-    undisturbed = experiments.command(
-        "train", DIGITS, "--gin.MODEL_DIR='alone'", "--gin.LEARNING_RATE=2e-3",
-        *(f"--gin_bindings={each}" for each in bindings),
-    )  # fmt: skip
-    done = experiments.run(undisturbed, str(tmp_path), optimized=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    killed, alone = (experiments.saved_state(str(tmp_path / d), 60) for d in (victim, "alone"))
-    assert killed.keys() == alone.keys()
-    for name in killed:
-        np.testing.assert_array_equal(killed[name], alone[name], err_msg=name)
+def test_four_work_units_one_killed_twice_come_to_the_same_end(start, tmp_path):
+    began, rng = time.monotonic(), random.Random(0)
+    process, experiment = start("sweep", "LEARNING_RATE=[1e-3,2e-3] x IMAGE_MASK_RATIO=[0.5,0.75]")
+    killed = UNITS[1]
+    at = [
+        kill_trainer(process, tmp_path, experiment / killed, moment, rng)
+        for moment in ("save", "step")
+    ]
+    log = tmp_path / "sweep.log"
+    assert process.wait(3600) == 0, log.read_text()[-4000:]
+    seconds = time.monotonic() - began
+    table = json.loads((experiment / results.JSON_FILE).read_text())["work_units"]
+    assert [each["work_unit"] for each in table] == UNITS
+    for each in table:
+        assert (each["state"], each["step"], each["total_steps"]) == ("done", STEPS, STEPS)
+        assert each["metrics"]["train/loss"] > 0
+        assert [v for k, v in each["metrics"].items() if k.endswith("/accuracy")]
+        assert each["restarts"] == (2 if each["work_unit"] == killed else 0)
+    with (experiment / results.CSV_FILE).open(newline="") as file:
+        assert [row["IMAGE_MASK_RATIO"] for row in csv.DictReader(file)] == ["0.5", "0.75"] * 2
+    text = log.read_text()
+    assert text.count("ended with 137 (SIGKILL)") == 2
+    print(f"killed after {at} steps; {seconds:.0f} s\n{text[text.index('LEARNING_RATE  ') :]}")
+
+    process, undisturbed = start("whole", "LEARNING_RATE=[1e-3] x IMAGE_MASK_RATIO=[0.75]")
+    assert process.wait(3600) == 0
+    ends = [
+        experiments.saved_state(str(each / killed), STEPS) for each in (experiment, undisturbed)
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        np.testing.assert_array_equal(value, ends[1][name], err_msg=name)
+    print(f"{len(ends[0])} arrays bit-identical")
