@@ -17,6 +17,7 @@ from absl import flags, logging
 
 from clipa_t5x import (
     errors,
+    experiment,
     gin_utils,
     goodput,
     partitioning,
@@ -26,7 +27,7 @@ from clipa_t5x import (
     recipe_changes,
 )
 
-ROOT = "clipa_t5x.train.train"
+ROOT = experiment.ROOT
 
 # Verbs that are configured by gin, and those that only take arguments of their own.
 GIN_VERBS = (
@@ -41,6 +42,9 @@ PLAIN_VERBS = {
     "compare": "clipa_t5x.compare",
     "plan": "clipa_t5x.plan",
 }
+
+# What writes nothing and restores nothing needs no places.
+_UNUSED = ("MODEL_DIR = 'unused'", experiment.NO_BEGINNING)
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string(
@@ -382,24 +386,23 @@ def use_compilation_cache(directory: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse_gin(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
-    """Parses and checks an experiment; builds nothing."""
-    from clipa_t5x.data import input_pipeline
-
-    input_pipeline.keep_accelerators_for_jax()
-    gin_utils.parse(gin_files, bindings, _FLAGS.gin_search_paths, root=ROOT)
+def _parse_gin(
+    *first: str,
+    parse: Callable[[Sequence[str], Sequence[str], Sequence[str]], None] = experiment.parse,
+) -> None:
+    """Parses the flags' experiment; its own bindings come after those given."""
+    parse(_FLAGS.gin_file, [*first, *_FLAGS.gin_bindings], _FLAGS.gin_search_paths)
 
 
 def _train() -> None:
-    # A dry run writes nothing and restores nothing.
-    unused = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None"] if _FLAGS.dry_run else []
-    parse_gin(_FLAGS.gin_file, [*unused, *_FLAGS.gin_bindings])
     if _FLAGS.dry_run:
         from clipa_t5x import train
 
+        _parse_gin(*_UNUSED)
         mesh = partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None
         print(train.describe(**gin_utils.build_arguments(ROOT), mesh_shape=mesh))
     else:
+        _parse_gin(parse=experiment.parse_to_go_on)
         if not _FLAGS.accept_recipe_changes:
             # Built again to train: objects are cheap before anything is read or compiled.
             model_dir = gin_utils.build_arguments(ROOT)["model_dir"]
@@ -412,7 +415,7 @@ def _eval() -> None:
     from clipa_t5x import eval as eval_lib
     from clipa_t5x import evaluation_watch
 
-    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    _parse_gin(experiment.NO_BEGINNING)
     if not _FLAGS.watch:
         eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
         return
@@ -428,7 +431,7 @@ def _eval() -> None:
 def _export() -> None:
     from clipa_t5x import export
 
-    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    _parse_gin(experiment.NO_BEGINNING)
     if not _FLAGS.output_dir:
         raise errors.UserError("export needs --output_dir=DIR, where the exported files go.")
     export.export(
@@ -447,7 +450,7 @@ def _import_weights() -> None:
 
     if not _FLAGS.source:
         raise errors.UserError("import_weights needs --source=FILE or a folder of weights.")
-    parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
+    _parse_gin(experiment.NO_BEGINNING)
     summary = import_weights.import_weights(
         **gin_utils.build_arguments(ROOT),
         source=_FLAGS.source,
@@ -489,8 +492,7 @@ def _precompile() -> None:
 def _benchmark() -> None:
     from clipa_t5x.data import benchmark
 
-    unused = ["MODEL_DIR = 'unused'", "INITIAL_CHECKPOINT_PATH = None"]
-    parse_gin(_FLAGS.gin_file, [*unused, *_FLAGS.gin_bindings])
+    _parse_gin(*_UNUSED)
     print(benchmark.run(gin_utils.build_arguments(ROOT)["train_dataset_cfg"], _FLAGS.seconds))
 
 

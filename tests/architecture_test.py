@@ -26,7 +26,7 @@ LAYERS = [
     | {"agreement", "checkpoint_manifest", "checkpoint_retention", "checkpoint_folders"}
     | {"checkpoint_writer", "stage_handover"}
     | {"goodput", "goodput_plot", "lease", "recipe_changes"},
-    {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
+    {"main", "experiment", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
     | {"export", "precompile", "import_weights", "plan", "compare"},
 ]
 DOORS = LAYERS[-1]

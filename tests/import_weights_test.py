@@ -12,6 +12,7 @@ from clipa_t5x import (
     bad_numbers,
     checkpoint_manifest,
     checkpoints,
+    experiment,
     gin_utils,
     import_weights,
     main,
@@ -109,11 +110,10 @@ def test_a_folder_with_a_checkpoint_and_another_model_are_refused(weights, tmp_p
     assert checkpoints.all_steps(str(model_dir)) == [0]
 
 
-def test_the_command_prints_what_it_did(weights, tmp_path, capsys):
-    gin = [
-        f"--gin_file={experiments.GIN}/digits_stage1.gin",
-        f"--gin_search_paths={experiments.GIN}",
-    ]
+def test_the_command_prints_what_it_did_and_training_goes_on(weights, tmp_path, capsys):
+    """With the same command line, of a stage that begins with another's parameters."""
+    files, paths = [str(experiments.GIN / "digits_stage2.gin")], [str(experiments.GIN)]
+    gin = [f"--gin_file={files[0]}", f"--gin_search_paths={paths[0]}"]
     flags = [f"--gin_bindings={each}" for each in bindings(tmp_path / "run")]
     for arguments, status in (([], 2), ([f"--source={weights}"], 0)):
         with pytest.raises(SystemExit) as exit_:
@@ -123,6 +123,29 @@ def test_the_command_prints_what_it_did(weights, tmp_path, capsys):
     assert "error: import_weights needs --source" in captured.err
     assert f"{weights}: CLIPA's layout, " in captured.out
     assert (pathlib.Path(tmp_path) / "run" / "config.gin").exists()
+    experiment.parse_to_go_on(files, bindings(tmp_path / "run"), paths)
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    recipe_changes.refuse(str(tmp_path / "run"), gin_utils.operative_config())
+    assert arguments["checkpoint_cfg"].restore.path is None
+
+
+@pytest.mark.slow
+def test_the_command_line_that_imported_trains_evaluates_and_exports(weights, tmp_path):
+    given = [
+        f"--gin_file={experiments.GIN}/digits_stage2.gin",
+        *(f"--gin_bindings={each}" for each in bindings(tmp_path / "run")),
+    ]  # fmt: skip
+    verbs = {
+        "import_weights": [f"--source={weights}", "--verify"],
+        "train": [],
+        "eval": [],
+        "export": ["--verify", f"--output_dir={tmp_path}/out"],
+    }
+    for verb, flags in verbs.items():
+        command = experiments.command(verb, *given, *flags)
+        result = experiments.run(command, cwd=str(pathlib.Path.cwd()))
+        assert result.returncode == 0, (verb, result.stderr[-2000:])
+    assert checkpoints.all_steps(str(tmp_path / "run")) == [0, 2]
 
 
 @pytest.mark.parametrize("partitions", [4])
