@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from clipa_t5x import (
     checkpoint_folders,
@@ -23,7 +24,7 @@ from clipa_t5x import (
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import exporting, open_clip_peer, parity
+from clipa_t5x.weights import exporting, open_clip_options, open_clip_peer, parity
 
 # What a run that has read no data yet would say of its position in them.
 _NO_DATA_YET = {"next_sample": 0}
@@ -70,7 +71,8 @@ def import_weights(
 
     Raises:
       UserError: `model_dir` has a checkpoint already, or the weights are damaged or of another
-        model, and nothing is written then; or embeddings differ, and `verify` is set.
+        model, and nothing is written then; or embeddings differ, and `verify` is set: then no
+        checkpoint is left.
     """
     train.check_arguments(model_dir, checkpoint_cfg.save, random_seed)
     if steps := checkpoints.all_steps(model_dir):
@@ -103,7 +105,13 @@ def import_weights(
     found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
     summary += f"\n{parity.write(model_dir, found)}"
     if verify and not found["passed"]:
-        raise UserError(f"{model_dir} is not what it comes from: {parity.summary(found)}.")
+        checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
+        for warning in loaded.file.warnings if loaded.file else ():
+            logging.warning("%s", warning)  # They may be why.
+        raise UserError(
+            f"{source} is not imported, because its embeddings are others: "
+            f"{parity.summary(found)} (--tolerance). See {model_dir}/{parity.FILE}."
+        )
     return summary
 
 
@@ -139,10 +147,22 @@ def _embed_source(
     source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
 ) -> tuple[parity.Embeddings, str]:
     """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
+    ours = "this package, before the checkpoint"
+    config_file = open_clip_options.config_beside(source)
     peer = open_clip_peer.version() if open_clip_peer.is_folder(source) else None
-    if peer and not loaded.notes:  # What was resized is another model's.
-        return open_clip_peer.embed(source, batch), peer
-    return parity.embed(model, loaded.params, batch), "this package, before the checkpoint"
+    if peer and config_file and not loaded.notes:  # What was resized is another model's.
+        config = open_clip_options.read(config_file)
+        there = open_clip_options.sizes(config)
+        here = (batch.images.shape[1], batch.ids.shape[1])
+        if there == here:
+            config, added = open_clip_options.completed(config, model)
+            unsaid = f" with {', '.join(added)}, which {config_file} does not say" if added else ""
+            return open_clip_peer.embed(source, batch, config), peer + unsaid
+        ours += (
+            f" (not {peer}: {config_file} is for {there[0]} px and {there[1]} tokens, and these "
+            f"have {here[0]} and {here[1]})"
+        )
+    return parity.embed(model, loaded.params, batch), ours
 
 
 def _summary(source: str, model_dir: str, loaded: stage_handover.Loaded, num_params: int) -> str:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 
 import clipa_files
@@ -13,6 +14,7 @@ from clipa_t5x import (
     checkpoint_manifest,
     checkpoints,
     experiment,
+    export,
     gin_utils,
     import_weights,
     main,
@@ -21,6 +23,7 @@ from clipa_t5x import (
     trainer,
 )
 from clipa_t5x.errors import UserError
+from clipa_t5x.weights import open_clip_options, open_clip_peer, parity
 
 SIZES = {"width": 32, "mlp_dim": 64, "num_heads": 4}
 
@@ -159,3 +162,59 @@ def test_scanned_layers_on_eight_devices(weights, tmp_path, partitions):
         for i in range(2):
             name = f"params/img/Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/bias"
             np.testing.assert_array_equal(stack[i], arrays[name])
+
+
+@pytest.fixture
+def folder(weights, tmp_path):
+    """Returns a function that lays out OpenCLIP's folder of the weights, for texts of 8 tokens."""
+
+    def write(**changes):
+        run(weights, tmp_path / "first")
+        experiments.parse("digits_stage1", *bindings(tmp_path / "first"))
+        arguments = gin_utils.build_arguments(experiments.TRAIN)
+        path = tmp_path / "folder"
+        export.export(**arguments, output_dir=str(path))
+        config = json.loads((path / open_clip_options.CONFIG_FILE).read_text())
+        for section, values in changes.items():
+            config["model_cfg"][section].update(values)
+        (path / open_clip_options.CONFIG_FILE).write_text(json.dumps(config))
+        return str(path)
+
+    return write
+
+
+def test_a_peer_is_asked_for_the_same_images_only(folder, tmp_path, monkeypatch):
+    """Its positions are those of its own image size; ours go on from one size to another."""
+    source = folder(vision_cfg={"act_kwargs": {}})
+    asked = []
+
+    def embed(path, batch, config):
+        asked.append(config)
+        raise UserError("asked")
+
+    monkeypatch.setattr(open_clip_peer, "version", lambda: "open_clip 0")
+    monkeypatch.setattr(open_clip_peer, "embed", embed)
+    larger = "TASK_FEATURE_LENGTHS = {'images': 32, 'text': 8}"
+    summary = run(source, tmp_path / "larger", larger)
+    assert "is for 16 px and 8 tokens, and these have 32 and 8" in summary and not asked
+    with pytest.raises(UserError, match="asked"):
+        run(source, tmp_path / "same")
+    # It takes our GELU where the folder does not say its own.
+    assert asked[0]["model_cfg"]["vision_cfg"]["act_kwargs"] == {"approximate": "tanh"}
+    assert not (tmp_path / "same").exists()
+
+
+def test_what_is_not_as_it_was_leaves_no_checkpoint(weights, tmp_path, monkeypatch):
+    original, calls = parity.embed, []
+
+    def embed(*args):
+        calls.append(None)
+        return parity.Embeddings(*(each + 1e-3 * len(calls) for each in original(*args)))
+
+    monkeypatch.setattr(parity, "embed", embed)
+    experiments.parse("digits_stage1", *bindings(tmp_path / "run"))
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    with pytest.raises(UserError, match="is not imported.*beyond 1e-05"):
+        import_weights.import_weights(source=weights, verify=True, **arguments)
+    assert checkpoints.all_steps(str(tmp_path / "run")) == []
+    assert json.loads((tmp_path / "run" / parity.FILE).read_text())["passed"] is False

@@ -4,12 +4,14 @@ OpenCLIP's weights do not tell which GELU they were trained with, where a text i
 wide a head is: only the configuration beside them does.
 """
 
+import copy
 import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from clipa_t5x.errors import UserError
@@ -152,6 +154,46 @@ def options(config: Mapping[str, Any]) -> Options:
     return Options(values, frozenset(unsaid), unknown)
 
 
+def sizes(config: Mapping[str, Any]) -> tuple[Any, int]:
+    """(pixels a side, or of every side where they differ; tokens) that a configuration is for."""
+    model = _section(config, "model_cfg") if "model_cfg" in config else config
+    pixels = _section(model, "vision_cfg").get("image_size", 224)
+    if isinstance(pixels, list) and len(set(map(str, pixels))) == 1:
+        pixels = pixels[0]
+    return pixels, _section(model, "text_cfg").get("context_length", 77)
+
+
+def completed(config: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], list[str]]:
+    """What a configuration does not say, said as a model has it.
+
+    Args:
+      config: as for `options`.
+      model: a `models.ClipModel`.
+
+    Returns:
+      (a configuration with 'model_cfg', what it says more than `config`, such as
+      "TextTransformer.activation='gelu_tanh'").
+    """
+    said: dict[str, Any] = copy.deepcopy(dict(config))
+    said = said if "model_cfg" in said else {"model_cfg": said}
+    added = []
+    for name in sorted(options(config).unsaid):
+        owner, _, attribute = name.partition(".")
+        is_image = owner == "VisionTransformer"
+        value = getattr(model.image_tower if is_image else model.text_tower, attribute)
+        if value in (_EPSILON, _GELU):
+            continue
+        if value == "gelu_quick":  # Of both towers, or of none.
+            said["model_cfg"]["quick_gelu"] = True
+        else:
+            field = "norm_kwargs" if attribute == "layer_norm_epsilon" else "act_kwargs"
+            own = {"eps": value} if field == "norm_kwargs" else {"approximate": "tanh"}
+            section = said["model_cfg"]["vision_cfg" if is_image else "text_cfg"]
+            section[field] = {**(section.get(field) or {}), **own}
+        added.append(f"{name}={value!r}")
+    return said, added
+
+
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = config.get(name)
     if section is None:
@@ -276,6 +318,8 @@ def check(path: str, model: Any) -> list[str]:
         else:
             refused.append(f"{name} is {there!r} there and {here!r} here")
     if refused:
+        for warning in warnings:  # They may be why.
+            logging.warning("%s", warning)
         raise UserError(
             f"{path} is of a different model: {', '.join(refused)}. Give the options that are "
             "there (--gin.NAME=VALUE), or weights of this model."
