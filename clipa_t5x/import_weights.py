@@ -4,7 +4,7 @@
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,14 @@ from clipa_t5x import (
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import exporting, open_clip_options, open_clip_peer, parity
+from clipa_t5x.weights import (
+    array_sources,
+    exporting,
+    open_clip_options,
+    open_clip_peer,
+    parameter_files,
+    parity,
+)
 
 # What a run that has read no data yet would say of its position in them.
 _NO_DATA_YET = {"next_sample": 0}
@@ -126,8 +133,9 @@ def _certificate(
 ) -> dict[str, Any]:
     """What `parity.json` holds: of the checkpoint, read again."""
     again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
+    made_of = _sources(source, checkpoints.flatten(trainer.abstract_state.params))
     parameters = {
-        name: {**exporting.describe(np.asarray(array)), "from": [name]}
+        name: {**exporting.describe(np.asarray(array)), "from": made_of[name]}
         for name, array in checkpoints.flatten(again).items()
     }
     return parity.certificate(
@@ -141,6 +149,23 @@ def _certificate(
         after=parity.embed(trainer.model, again, batch),
         tolerance=tolerance,
     )
+
+
+def _sources(source: str, wanted: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By parameter: name, shape, dtype and checksum of each of the source's arrays it is made of.
+
+    They are read once more, one at a time.
+    """
+    if not array_sources.is_source(source):
+        checkpoint = stage_handover.open_checkpoint(*checkpoints.locate(source))
+        return {n: [{"name": n, **exporting.describe(checkpoint.read(n))}] for n in wanted}
+    with parameter_files.open_parameters(source, wanted) as file:
+        arrays = {name: array for part in file.sources.values() for name, array in part.items()}
+        found = {
+            name: {"name": name, **exporting.describe(array.read())}
+            for name, array in arrays.items()
+        }
+        return {name: [found[part] for part in file.sources[name]] for name in wanted}
 
 
 def _embed_source(

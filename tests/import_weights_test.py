@@ -4,6 +4,7 @@ import pathlib
 
 import clipa_files
 import experiments
+import google_crc32c
 import jax
 import numpy as np
 import pytest
@@ -170,7 +171,8 @@ def folder(weights, tmp_path):
 
     def write(**changes):
         run(weights, tmp_path / "first")
-        experiments.parse("digits_stage1", *bindings(tmp_path / "first"))
+        evaluated = "TRAIN_EVAL_DATASET = @train_eval/input_pipeline.DatasetConfig()"
+        experiments.parse("digits_stage1", *bindings(tmp_path / "first", evaluated))
         arguments = gin_utils.build_arguments(experiments.TRAIN)
         path = tmp_path / "folder"
         export.export(**arguments, output_dir=str(path))
@@ -202,6 +204,30 @@ def test_a_peer_is_asked_for_the_same_images_only(folder, tmp_path, monkeypatch)
     # It takes our GELU where the folder does not say its own.
     assert asked[0]["model_cfg"]["vision_cfg"]["act_kwargs"] == {"approximate": "tanh"}
     assert not (tmp_path / "same").exists()
+
+
+def test_the_certificate_names_the_source_s_arrays(weights, tmp_path):
+    scanned = [f"{tower}.scan_layers = True" for tower in ("VisionTransformer", "TextTransformer")]
+    run(weights, tmp_path / "run", *scanned)
+    found = json.loads((tmp_path / "run" / parity.FILE).read_text())["parameters"]
+    stack = found["image_tower/encoder/layers/mlp/fc1/bias"]
+    names = [
+        f"params/img/Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/bias" for i in range(2)
+    ]  # fmt: skip
+    assert stack["shape"] == [2, 64] and [each["name"] for each in stack["from"]] == names
+    table = found["text_tower/position_embedding"]
+    assert table["shape"] == [8, 32] and table["from"][0]["shape"] == [1, 16, 32]
+    with np.load(weights) as arrays:
+        array = arrays[names[1]]
+    crc32c = f"{google_crc32c.value(array.tobytes()):08x}"
+    assert stack["from"][1] == {
+        "name": names[1], "shape": [64], "dtype": "float32", "crc32c": crc32c,
+    }  # fmt: skip
+    # Of a checkpoint, names are the same.
+    run(str(tmp_path / "run"), tmp_path / "again", *scanned)
+    again = json.loads((tmp_path / "again" / parity.FILE).read_text())["parameters"]
+    for name, entry in again.items():
+        assert entry["from"] == [{"name": name, **{k: v for k, v in entry.items() if k != "from"}}]
 
 
 def test_what_is_not_as_it_was_leaves_no_checkpoint(weights, tmp_path, monkeypatch):

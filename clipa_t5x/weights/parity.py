@@ -87,7 +87,9 @@ def certificate(
       source: where the weights come from.
       target: where they went.
       layout: of the target, or the source's where that is another's.
-      parameters: by name in that layout: 'shape', 'dtype', 'crc32c', and 'from', the names here.
+      parameters: by name there: 'shape', 'dtype', 'crc32c', and 'from': of an export, the names
+        here that it is made of; of an import, name, shape, dtype and crc32c of each of the source's
+        arrays that it is made of.
       batch: what was embedded; None where nothing was.
       compared_with: which implementation made `after`.
       before: the source's embeddings.
