@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from clipa_t5x import checkpoints, models, stage_handover, trainer
 from clipa_t5x.data import input_pipeline, tasks
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, storage_errors
 from clipa_t5x.weights import (
     array_sources,
     exporting,
@@ -32,6 +32,9 @@ from clipa_t5x.weights import (
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 CLIPA_WEIGHTS = "model.npz"
+_WEIGHTS = {
+    "open_clip": OPEN_CLIP_WEIGHTS, "clipa": CLIPA_WEIGHTS, "stablehlo": serving.PARAMETERS,
+}  # fmt: skip
 # What Hugging Face's tokenizer needs to be told besides the vocabulary.
 _TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
 
@@ -65,8 +68,9 @@ def export(
       export_format: 'open_clip' (a folder for `local-dir:` and Hugging Face), 'clipa' (`.npz`) or
         'stablehlo' (both towers, for jax alone).
       checkpoint: as for `eval.evaluate`; None takes the newest in `model_dir`.
-      probe_rows: images and texts that are embedded before and after; 0 compares checksums only.
-      verify: whether embeddings that differ are an error.
+      probe_rows: images and texts that are embedded before and after; 0 embeds none.
+      verify: whether embeddings that differ are an error; where none are made, whether the written
+        arrays are read back, and checksums that differ are one.
       tolerance: see `parity.certificate`.
       **_: the other arguments of `train.train`, which are not used.
 
@@ -74,8 +78,9 @@ def export(
       What `parity.json` holds.
 
     Raises:
-      UserError: there is no such checkpoint, the format has no place for the model, or embeddings
-        differ and `verify` is set.
+      UserError: there is no such checkpoint, it holds NaN, Inf or integers, the format has no place
+        for the model, the folder cannot be written or holds another format's export, or what is
+        compared differs and `verify` is set.
     """
     lengths = train_dataset_cfg.task_feature_lengths
     abstract_params = _abstract_params(model, train_dataset_cfg)
@@ -88,9 +93,14 @@ def export(
         "open_clip": job.open_clip, "clipa": job.clipa, "stablehlo": job.stablehlo,
     }[export_format]  # fmt: skip
     with _reading(checkpoint or model_dir, job.shapes) as (read, source):
-        epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
+        _make_folder(output_dir, export_format)
         parameters, target = write(read)
-        compared = _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
+        compared: dict[str, Any] = (
+            _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
+        )
+    if verify and not probe_rows:
+        path = os.path.join(output_dir, _WEIGHTS[export_format])
+        compared = {"differing_arrays": exporting.differing(path, parameters)}
     found = parity.certificate(
         source=source, target=target, layout=export_format, parameters=parameters,
         tolerance=tolerance, **compared,
@@ -170,6 +180,22 @@ class _Export:
         return open_clip_config.RESIZE_MODES[name]
 
 
+def _make_folder(path: str, export_format: str) -> None:
+    try:
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+        there = parity.layout_of(path)
+    except storage_errors() as error:
+        raise UserError(
+            f"--output_dir {path} cannot be a folder ({' '.join(str(error).split())}): name one "
+            "that is there, or can be made."
+        ) from error
+    if there not in (None, export_format):
+        raise UserError(
+            f"--output_dir {path} has the {parity.FILE} of weights in another layout, {there}: "
+            f"name another folder for --format={export_format}."
+        )
+
+
 def _abstract_params(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> Any:
     batch = trainer.one_example(cfg.batch_spec())
     return nn.unbox(jax.eval_shape(lambda: models.init_params(model, jax.random.key(0), batch)))
@@ -183,11 +209,20 @@ def _reading(path: str, wanted: Mapping[str, Any]) -> Iterator[tuple[exporting.R
         if array_sources.is_source(path):
             file = stack.enter_context(parameter_files.open_parameters(path, wanted))
             checkpoints.check_same_parameters(file.saved, wanted, path, remedy)
-            yield lambda name: file.saved[name].read(), path
+            yield _finite(path, file.saved, lambda name: file.saved[name].read()), path
             return
         checkpoint = stage_handover.open_checkpoint(*checkpoints.locate(path))
         checkpoints.check_same_parameters(checkpoint.saved, wanted, checkpoint.path, remedy)
-        yield checkpoint.read, checkpoint.path
+        yield _finite(checkpoint.path, checkpoint.saved, checkpoint.read), checkpoint.path
+
+
+def _finite(path: str, saved: Mapping[str, Any], read: exporting.Read) -> exporting.Read:
+    """Reads what a model can have, in float32, as every format holds it."""
+
+    def read_finite(name: str) -> np.ndarray:
+        return parameter_files.finite(path, name, saved[name].dtype, lambda: read(name), np.float32)
+
+    return read_finite
 
 
 def _compare(
@@ -195,13 +230,19 @@ def _compare(
 ) -> dict[str, Any]:
     """Embeddings of a probe by the parameters before, and by whoever reads the export."""
     batch = parity.probe(rows, job.image_size, job.text_length, job.model.text_tower.vocab_size)
-    before = parity.embed(
-        job.model, traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/"), batch
-    )
+    params = traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/")
+    if export_format == "stablehlo":  # Which dtype it computes in is fixed in it.
+        towers = (job.model.image_tower, job.model.text_tower)
+        return {
+            "batch": batch,
+            "before": parity.embed(job.model, params, batch, exact=False),
+            "after": serving.embed(target, batch),
+            "compared_with": f"jax.export, jax {jax.__version__}",
+            "computed_in": [np.dtype(tower.dtype).name for tower in towers],
+        }
+    before = parity.embed(job.model, params, batch)
     peer = open_clip_peer.version() if export_format == "open_clip" else None
-    if export_format == "stablehlo":
-        after, compared_with = serving.embed(target, batch), f"jax.export, jax {jax.__version__}"
-    elif peer and "://" not in target:
+    if peer and "://" not in target:
         after, compared_with = open_clip_peer.embed(target, batch), peer
     else:
         is_folder = export_format == "open_clip"

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import subprocess
@@ -14,7 +15,7 @@ from flax import traverse_util
 from clipa_t5x import checkpoints, export, main
 from clipa_t5x.data import preprocessors
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import parameter_files, parity
+from clipa_t5x.weights import exporting, parameter_files, parity
 
 PIXELS, LENGTH = 16, 8
 
@@ -35,7 +36,7 @@ def exported(tmp_path, tiny_model):
     def run(export_format, image=None, text=None, resize=preprocessors.squash, **kwargs):
         model = tiny_model(image=image, text=text)
         weights = trap_weights.save(tmp_path / "w.safetensors", model, PIXELS, LENGTH)
-        folder = tmp_path / "exported"
+        folder = tmp_path / kwargs.pop("folder", "exported")
         found = export.export(
             **run_arguments(tmp_path, model, resize),
             output_dir=str(folder),
@@ -120,6 +121,68 @@ def test_both_towers_serve_without_this_package(exported, tiny_model):
         for rows in (1, 3):
             served = np.load(folder / f"{tower}{rows}.npy")
             np.testing.assert_allclose(served, embeddings[:rows], atol=2e-6)
+
+
+def test_towers_in_bfloat16_are_compared_in_bfloat16(exported):
+    half = {"dtype": "bfloat16"}
+    _, _, found = exported("stablehlo", half, half)
+    assert found["passed"] and found["computed_in"] == ["bfloat16", "bfloat16"]
+    _, _, found = exported("clipa", half, half, folder="another")
+    assert found["passed"] and found["computed_in"] == ["float32", "float32"]
+
+
+@pytest.mark.parametrize("export_format", ["open_clip", "clipa", "stablehlo"])
+def test_without_a_probe_what_was_written_is_read_back(exported, monkeypatch, export_format):
+    _, folder, found = exported(export_format, probe_rows=0)
+    assert found["passed"] and found["probe"] is None and found["differing_arrays"] == []
+    original = exporting.array_writers.open_writer
+
+    @contextlib.contextmanager
+    def damaging(path, stated):
+        with original(path, stated) as writer:
+            write = writer.write
+            writer.write = lambda name, array: write(name, array + np.float32("scale" in name))
+            yield writer
+
+    monkeypatch.setattr(exporting.array_writers, "open_writer", damaging)
+    with pytest.raises(
+        UserError, match="arrays; read back, .* are not as they were written: .*scale"
+    ):
+        exported(export_format, probe_rows=0)
+    assert json.loads((folder / parity.FILE).read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.float32("nan"), "logit_scale of .* holds 1 numbers of 1 that are NaN"),
+        (np.int32(3), "logit_scale of .* is of int32"),
+    ],
+)
+@pytest.mark.parametrize("export_format", ["open_clip", "clipa", "stablehlo"])
+def test_what_no_model_can_have_is_not_exported(
+    tmp_path, tiny_model, export_format, value, message
+):
+    model = tiny_model()
+    weights = {**trap_weights.make(model, PIXELS, LENGTH), "logit_scale": np.asarray(value)}
+    safetensors.numpy.save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=message):
+        export.export(
+            **run_arguments(tmp_path, model), checkpoint=str(tmp_path / "w.safetensors"),
+            output_dir=str(tmp_path / "out"), export_format=export_format, probe_rows=0,
+        )  # fmt: skip
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_is_none_or_another_export_s_is_refused(exported, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/within"):
+        with pytest.raises(UserError, match="--output_dir .*file.* cannot be a folder"):
+            exported("clipa", folder=folder)
+    exported("clipa")
+    exported("clipa")
+    with pytest.raises(UserError, match="parity.json of weights in another layout, clipa: name"):
+        exported("stablehlo")
 
 
 def test_a_run_s_checkpoint_is_read_parameter_by_parameter(make_trainer, tmp_path, monkeypatch):

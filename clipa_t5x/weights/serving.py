@@ -79,8 +79,6 @@ def write(
       What became of every parameter, as `exporting.write`.
     """
     folder = epath.Path(output_dir)
-    for name, content in export_towers(model, shapes, image_size, text_length).items():
-        (folder / name).write_bytes(content)
     stated = {name: jax.ShapeDtypeStruct(s.shape, np.float32) for name, s in shapes.items()}
     written = {}
     with array_writers.open_writer(f"{folder / PARAMETERS}", stated) as writer:
@@ -88,6 +86,8 @@ def write(
             array = read(name).astype(np.float32, copy=False)
             writer.write(name, array)
             written[name] = {**exporting.describe(array), "from": [name]}
+    for name, content in export_towers(model, shapes, image_size, text_length).items():
+        (folder / name).write_bytes(content)
     signature = {
         "image_tower": {"inputs": ["batch", image_size, image_size, 3], "dtype": "uint8"},
         "text_tower": {"inputs": ["batch", text_length], "dtype": "int32"},
