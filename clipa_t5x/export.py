@@ -28,6 +28,7 @@ from clipa_t5x.weights import (
     parameter_files,
     parity,
     serving,
+    text_vocabularies,
 )
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -126,18 +127,16 @@ class _Export:
     output_dir: str
 
     def open_clip(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        pieces = self._vocabulary().pieces
         config = open_clip_config.config(
-            self.model, self.image_size, self.text_length, self._resize_mode()
+            self.model, self.image_size, self.text_length, self._resize_mode(known_only=True)
         )
         tables = exporting.fixed_tables(self.model, self.image_size, self.text_length)
         tensors = layouts.open_clip(self._unstacked(tables))
-        vocabulary = tasks.get_task(self.eval_cfg.mixture_or_task_name).output_features["text"]
-        vocab: Any = vocabulary.vocabulary
-        pieces = vocab.pieces
         folder = epath.Path(self.output_dir)
         parameters = self._write(OPEN_CLIP_WEIGHTS, tensors, read, tables)
         (folder / open_clip_options.CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+        self._write_vocabulary(pieces)
         (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG) + "\n")
         return parameters, self.output_dir
 
@@ -147,10 +146,57 @@ class _Export:
         return parameters, os.path.join(self.output_dir, CLIPA_WEIGHTS)
 
     def stablehlo(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        vocabulary = self._vocabulary_if_any()
         parameters = serving.write(
-            self.output_dir, self.model, self.shapes, read, self.image_size, self.text_length
-        )
+            self.output_dir, self.model, self.shapes, read, self.image_size, self.text_length,
+            {
+                "images": self._image_preprocessing(),
+                "texts": self._text_preprocessing(vocabulary),
+            },
+        )  # fmt: skip
+        if vocabulary is not None:
+            self._write_vocabulary(vocabulary.pieces)
         return parameters, self.output_dir
+
+    def _image_preprocessing(self) -> dict[str, Any]:
+        """How images become what the image tower takes, which scales pixels itself."""
+        return {
+            "size": [self.image_size, self.image_size],
+            "resize_mode": self._resize_mode(known_only=False),
+            "interpolation": "bilinear",
+            "mean": list(self.model.image_mean),
+            "std": list(self.model.image_std),
+            "scaled_by": "image_tower",
+        }
+
+    def _text_preprocessing(self, vocabulary: Any) -> dict[str, Any]:
+        """How texts become ids."""
+        if vocabulary is None:
+            return {"length": self.text_length, "vocabulary": None}
+        return {
+            "length": self.text_length,
+            "vocabulary": text_vocabularies.FILE,
+            "tokenization": vocabulary.tokenization,
+            "lower_case": True,
+            "first_id": vocabulary.cls_id,
+            "unknown_id": vocabulary.unk_id,
+            "padding_id": 0,
+        }
+
+    def _vocabulary_if_any(self) -> Any:
+        try:
+            return self._vocabulary()
+        except UserError as error:
+            logging.warning("The export has no vocabulary: %s", error)
+            return None
+
+    def _vocabulary(self) -> Any:
+        rows = self.model.text_tower.vocab_size
+        return text_vocabularies.for_export(self.eval_cfg, rows)
+
+    def _write_vocabulary(self, pieces: Sequence[str]) -> None:
+        path = epath.Path(self.output_dir) / text_vocabularies.FILE
+        path.write_text("".join(f"{piece}\n" for piece in pieces))
 
     def _unstacked(self, tables: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
         shapes = layouts.unstacked({name: leaf.shape for name, leaf in self.shapes.items()})
@@ -168,10 +214,12 @@ class _Export:
         path = os.path.join(self.output_dir, name)
         return exporting.write(path, tensors, read, shapes, tables, prefix)
 
-    def _resize_mode(self) -> str:
+    def _resize_mode(self, known_only: bool) -> str:
         preprocessor: Any = tasks.image_preprocessor(self.eval_cfg.mixture_or_task_name)
         name = getattr(inspect.unwrap(preprocessor), "__name__", type(preprocessor).__name__)
         if name not in open_clip_config.RESIZE_MODES:
+            if not known_only:
+                return name
             raise UserError(
                 f"images are evaluated by {name}, and OpenCLIP's preprocessing is "
                 f"{' or '.join(open_clip_config.RESIZE_MODES)}: set "

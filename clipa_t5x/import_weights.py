@@ -31,6 +31,7 @@ from clipa_t5x.weights import (
     open_clip_peer,
     parameter_files,
     parity,
+    text_vocabularies,
 )
 
 # What a run that has read no data yet would say of its position in them.
@@ -96,6 +97,9 @@ def import_weights(
     loaded = stage_handover.load_params(
         source, trainer.abstract_state.params, checkpoint_cfg.restore.resized, model
     )
+    warnings = text_vocabularies.check_import(
+        source, model.text_tower.vocab_size, train_dataset_cfg
+    )
     lengths = train_dataset_cfg.task_feature_lengths
     batch = parity.probe(4, lengths["images"], lengths["text"], model.text_tower.vocab_size)
     is_alone = jax.process_count() == 1  # Of several, no process has all of the parameters.
@@ -106,7 +110,7 @@ def import_weights(
     checkpointer.save(0, state, _NO_DATA_YET)
     checkpointer.close()
     num_params = model_info.num_params(trainer.abstract_state.params)
-    summary = _summary(source, model_dir, loaded, num_params)
+    summary = _summary(source, model_dir, loaded, num_params, warnings)
     if before is None:
         return summary
     found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
@@ -190,14 +194,29 @@ def _embed_source(
     return parity.embed(model, loaded.params, batch), ours
 
 
-def _summary(source: str, model_dir: str, loaded: stage_handover.Loaded, num_params: int) -> str:
+def _summary(
+    source: str,
+    model_dir: str,
+    loaded: stage_handover.Loaded,
+    num_params: int,
+    warnings: Sequence[str],
+) -> str:
     file = loaded.file
     layout = f"{file.layout} layout, {file.num_arrays} arrays" if file else "a checkpoint"
     lines = [f"{source}: {layout}, {num_params:,} parameters"]
     lines += [f"resized {note}" for note in loaded.notes]
+    arrays = {
+        name: a for part in (file.sources if file else {}).values() for name, a in part.items()
+    }
+    dtypes = collections.Counter(array.dtype.name for array in arrays.values())
+    lines += [
+        f"{count} arrays of {dtype} became float32"
+        for dtype, count in sorted(dtypes.items())
+        if dtype != "float32"
+    ]
     if file and file.ignored:
         lines.append(f"left out {_by_top(file.ignored)}")
-    lines += [f"warning: {warning}" for warning in (file.warnings if file else ())]
+    lines += [f"warning: {each}" for each in (*(file.warnings if file else ()), *warnings)]
     folder = checkpoint_folders.folder_of(model_dir, 0)
     lines.append(f"wrote {folder}; the optimizer, the step and the data begin anew")
     return "\n".join(lines)

@@ -117,6 +117,12 @@ def test_both_towers_serve_without_this_package(exported, tiny_model):
     np.savez(folder / "inputs.npz", image_tower=batch.images, text_tower=batch.ids)
     subprocess.run([sys.executable, "-c", _SERVER, str(folder)], check=True)
     expected = parity.embed(tiny_model(), traverse_util.unflatten_dict(weights, sep="/"), batch)
+    preprocessing = json.loads((folder / "signature.json").read_text())["preprocessing"]
+    assert preprocessing["images"]["resize_mode"] == "squash"
+    assert preprocessing["images"]["mean"] == list(tiny_model().image_mean)
+    texts = preprocessing["texts"]
+    assert (texts["length"], texts["tokenization"], texts["first_id"]) == (LENGTH, "clipa", 2)
+    assert (folder / texts["vocabulary"]).read_text().startswith("[PAD]\n[UNK]\n[CLS]\nred\n")
     for tower, embeddings in zip(("image_tower", "text_tower"), expected, strict=True):
         for rows in (1, 3):
             served = np.load(folder / f"{tower}{rows}.npy")
@@ -227,6 +233,16 @@ def _noted(checkpoint, read, original, name):
 def test_what_open_clip_has_not_is_named(exported, image, text, message):
     with pytest.raises(UserError, match=message):
         exported("open_clip", image, text)
+
+
+def test_a_vocabulary_that_the_table_has_no_rows_for_is_not_exported(exported):
+    few = {"vocab_size": 14}
+    with pytest.raises(UserError, match="has 15 pieces and TextTransformer.vocab_size is 14"):
+        exported("open_clip", text=few)
+    # What can be used without one says that it has none.
+    _, folder, _ = exported("stablehlo", text=few, folder="another")
+    texts = json.loads((folder / "signature.json").read_text())["preprocessing"]["texts"]
+    assert texts["vocabulary"] is None and not (folder / "vocab.txt").exists()
 
 
 def test_embeddings_that_differ_fail_the_command(exported, monkeypatch):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import clipa_files
 import experiments
@@ -42,12 +43,15 @@ def in_workspace(workspace, monkeypatch):
 @pytest.fixture
 def weights(tmp_path):
     """CLIPA's training checkpoint of the miniature digits model, with longer texts."""
+    return save(tmp_path / "clipa.npz", length=16)
+
+
+def save(path, length):
     arrays = clipa_files.arrays(
         image={**SIZES, "depth": 2}, text={**SIZES, "depth": 1}, patch=4, vocabulary=512,
-        out_dim=32, length=16,
+        out_dim=32, length=length,
     )  # fmt: skip
     more = {"opt/1/0/0": np.int32(9), "chrono/accum_train_time": np.float64(1)}
-    path = tmp_path / "clipa.npz"
     np.savez(path, **{f"params/{name}": array for name, array in arrays.items()}, **more)
     return str(path)
 
@@ -101,6 +105,15 @@ def test_training_goes_on_from_an_import(weights, tmp_path):
     assert states[0].keys() == states[1].keys()
     for name in states[0]:
         np.testing.assert_array_equal(states[0][name], states[1][name], err_msg=name)
+
+
+def test_numbers_that_become_others_and_a_missing_vocabulary_are_told(weights, tmp_path):
+    with np.load(weights) as arrays:
+        halves = {name: x.astype("f2") if x.ndim > 1 else x for name, x in arrays.items()}
+    np.savez(tmp_path / "halves.npz", **halves)
+    summary = run(str(tmp_path / "halves.npz"), tmp_path / "run", "VOCABULARY_PATH = 'gone.txt'")
+    assert re.search(r"\n\d+ arrays of float16 became float32\n", summary)
+    assert "warning: vocabulary file gone.txt does not exist: set VOCABULARY_PATH" in summary
 
 
 def test_a_folder_with_a_checkpoint_and_another_model_are_refused(weights, tmp_path):
@@ -159,35 +172,40 @@ def test_scanned_layers_on_eight_devices(weights, tmp_path, partitions):
     run(weights, tmp_path / "run", *scanned, f"PjitPartitioner.num_partitions = {partitions}")
     state = experiments.saved_state(str(tmp_path / "run"), 0)
     stack = state["params/image_tower/encoder/layers/mlp/fc1/bias"]
+    names = [f"params/img/Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/bias" for i in range(2)]
+    # The certificate has the arrays that each parameter is made of, as they are in the file.
+    found = json.loads((tmp_path / "run" / parity.FILE).read_text())["parameters"]
+    entry = found["image_tower/encoder/layers/mlp/fc1/bias"]
+    assert entry["shape"] == [2, 64] and len(entry["from"]) == 2
     with np.load(weights) as arrays:
-        for i in range(2):
-            name = f"params/img/Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/bias"
+        for i, name in enumerate(names):
             np.testing.assert_array_equal(stack[i], arrays[name])
+            crc32c = f"{google_crc32c.value(arrays[name].tobytes()):08x}"
+            own = {"name": name, "shape": [64], "dtype": "float32", "crc32c": crc32c}
+            assert entry["from"][i] == own
+    table = found["text_tower/position_embedding"]
+    assert table["shape"] == [8, 32] and table["from"][0]["shape"] == [1, 16, 32]
 
 
-@pytest.fixture
-def folder(weights, tmp_path):
-    """Returns a function that lays out OpenCLIP's folder of the weights, for texts of 8 tokens."""
-
-    def write(**changes):
-        run(weights, tmp_path / "first")
-        evaluated = "TRAIN_EVAL_DATASET = @train_eval/input_pipeline.DatasetConfig()"
-        experiments.parse("digits_stage1", *bindings(tmp_path / "first", evaluated))
-        arguments = gin_utils.build_arguments(experiments.TRAIN)
-        path = tmp_path / "folder"
-        export.export(**arguments, output_dir=str(path))
-        config = json.loads((path / open_clip_options.CONFIG_FILE).read_text())
-        for section, values in changes.items():
-            config["model_cfg"][section].update(values)
-        (path / open_clip_options.CONFIG_FILE).write_text(json.dumps(config))
-        return str(path)
-
-    return write
+def folder(path, **changes):
+    """OpenCLIP's folder of the weights, for texts of 8 tokens; with another configuration."""
+    evaluated = "TRAIN_EVAL_DATASET = @train_eval/input_pipeline.DatasetConfig()"
+    experiments.parse("digits_stage1", *bindings(path, evaluated))
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    export.export(
+        **arguments, checkpoint=save(path.with_suffix(".npz"), length=8), output_dir=str(path),
+        probe_rows=0,
+    )  # fmt: skip
+    config = json.loads((path / open_clip_options.CONFIG_FILE).read_text())
+    for section, values in changes.items():
+        config["model_cfg"][section].update(values)
+    (path / open_clip_options.CONFIG_FILE).write_text(json.dumps(config))
+    return str(path)
 
 
-def test_a_peer_is_asked_for_the_same_images_only(folder, tmp_path, monkeypatch):
+def test_a_peer_is_asked_for_the_same_images_only(tmp_path, monkeypatch):
     """Its positions are those of its own image size; ours go on from one size to another."""
-    source = folder(vision_cfg={"act_kwargs": {}})
+    source = folder(tmp_path / "folder", vision_cfg={"act_kwargs": {}})
     asked = []
 
     def embed(path, batch, config):
@@ -206,25 +224,10 @@ def test_a_peer_is_asked_for_the_same_images_only(folder, tmp_path, monkeypatch)
     assert not (tmp_path / "same").exists()
 
 
-def test_the_certificate_names_the_source_s_arrays(weights, tmp_path):
-    scanned = [f"{tower}.scan_layers = True" for tower in ("VisionTransformer", "TextTransformer")]
-    run(weights, tmp_path / "run", *scanned)
-    found = json.loads((tmp_path / "run" / parity.FILE).read_text())["parameters"]
-    stack = found["image_tower/encoder/layers/mlp/fc1/bias"]
-    names = [
-        f"params/img/Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/bias" for i in range(2)
-    ]  # fmt: skip
-    assert stack["shape"] == [2, 64] and [each["name"] for each in stack["from"]] == names
-    table = found["text_tower/position_embedding"]
-    assert table["shape"] == [8, 32] and table["from"][0]["shape"] == [1, 16, 32]
-    with np.load(weights) as arrays:
-        array = arrays[names[1]]
-    crc32c = f"{google_crc32c.value(array.tobytes()):08x}"
-    assert stack["from"][1] == {
-        "name": names[1], "shape": [64], "dtype": "float32", "crc32c": crc32c,
-    }  # fmt: skip
-    # Of a checkpoint, names are the same.
-    run(str(tmp_path / "run"), tmp_path / "again", *scanned)
+@pytest.mark.slow
+def test_what_is_imported_from_a_checkpoint_has_its_names(weights, tmp_path):
+    run(weights, tmp_path / "run")
+    run(str(tmp_path / "run"), tmp_path / "again")
     again = json.loads((tmp_path / "again" / parity.FILE).read_text())["parameters"]
     for name, entry in again.items():
         assert entry["from"] == [{"name": name, **{k: v for k, v in entry.items() if k != "from"}}]

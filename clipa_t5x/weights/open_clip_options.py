@@ -163,6 +163,16 @@ def sizes(config: Mapping[str, Any]) -> tuple[Any, int]:
     return pixels, _section(model, "text_cfg").get("context_length", 77)
 
 
+def tokenizer(path: str) -> str | None:
+    """Hugging Face's tokenizer that a configuration's file names; None where it names none.
+
+    OpenCLIP then takes OpenAI's byte-pair encoding.
+    """
+    config = read(path)
+    model = _section(config, "model_cfg") if "model_cfg" in config else config
+    return _section(model, "text_cfg").get("hf_tokenizer_name") or None
+
+
 def completed(config: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], list[str]]:
     """What a configuration does not say, said as a model has it.
 

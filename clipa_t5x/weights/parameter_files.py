@@ -6,7 +6,8 @@ What `checkpoints` does for its own folders, up to the placing of arrays on devi
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +139,10 @@ def open_parameters(
     warnings = _compare_with_config(path, model)
     with array_sources.open_source(path) as arrays:
         named, ignored, full_names = _parameters(arrays)
-        layout = architecture.layout_of(named) or architecture.OURS
+        layout = architecture.layout_of(named)
+        if layout is None:
+            _refuse_subtree(path, arrays)
+        layout = layout or architecture.OURS
         if layout == architecture.OURS:
             saved, parts = _stacked_as_wanted(named, wanted)
         else:
@@ -148,6 +152,17 @@ def open_parameters(
             for name in saved
         }
         yield ParameterFile(path, saved, layout, len(named), ignored, warnings, sources)
+
+
+def _refuse_subtree(path: str, names: Iterable[str]) -> None:
+    """Says which part of a file has parameters, where they are no names at its top."""
+    pattern = r"(.+?)/(params/|opt/target/|target/)?(img|txt|image_tower|text_tower)/.*"
+    trees = sorted({m[1] for m in (re.fullmatch(pattern, name) for name in names) if m})
+    if trees:
+        raise UserError(
+            f"{path} has its parameters under {', '.join(map(repr, trees[:8]))}: give "
+            f"{path}:{trees[0]}."
+        )
 
 
 def _compare_with_config(path: str, model: Any) -> list[str]:

@@ -72,8 +72,18 @@ def write(
     read: exporting.Read,
     image_size: int,
     text_length: int,
+    preprocessing: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Writes the artefacts, the parameters and what they take, into a folder.
+
+    Args:
+      output_dir: local or remote, there.
+      model: as for `export_towers`.
+      shapes: as for `export_towers`.
+      read: reads a parameter by its name.
+      image_size: pixels.
+      text_length: tokens.
+      preprocessing: what makes the inputs, of 'images' and 'texts', for `signature.json`.
 
     Returns:
       What became of every parameter, as `exporting.write`.
@@ -91,6 +101,7 @@ def write(
     signature = {
         "image_tower": {"inputs": ["batch", image_size, image_size, 3], "dtype": "uint8"},
         "text_tower": {"inputs": ["batch", text_length], "dtype": "int32"},
+        "preprocessing": preprocessing,
         "parameters": PARAMETERS,
         "platforms": PLATFORMS,
     }
