@@ -128,7 +128,8 @@ flags.DEFINE_integer(
 flags.DEFINE_boolean(
     "verify",
     False,
-    "export, import_weights: end with status 2 where embeddings differ beyond --tolerance.",
+    "export, import_weights: end with status 2 where embeddings differ beyond --tolerance or, with "
+    "--probe_rows=0, where checksums of what was written do.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_float(
@@ -386,10 +387,7 @@ def use_compilation_cache(directory: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _parse_gin(
-    *first: str,
-    parse: Callable[[Sequence[str], Sequence[str], Sequence[str]], None] = experiment.parse,
-) -> None:
+def _parse_gin(*first: str, parse: Callable[..., None] = experiment.parse) -> None:
     """Parses the flags' experiment; its own bindings come after those given."""
     parse(_FLAGS.gin_file, [*first, *_FLAGS.gin_bindings], _FLAGS.gin_search_paths)
 

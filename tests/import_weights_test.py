@@ -156,7 +156,7 @@ def test_the_command_line_that_imported_trains_evaluates_and_exports(weights, tm
         "import_weights": [f"--source={weights}", "--verify"],
         "train": [],
         "eval": [],
-        "export": ["--verify", f"--output_dir={tmp_path}/out"],
+        "export": ["--verify", "--format=clipa", f"--output_dir={tmp_path}/out"],
     }
     for verb, flags in verbs.items():
         command = experiments.command(verb, *given, *flags)
