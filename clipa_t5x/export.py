@@ -19,7 +19,6 @@ from clipa_t5x import checkpoints, folders, models, stage_handover, trainer
 from clipa_t5x.data import input_pipeline, tasks
 from clipa_t5x.errors import UserError
 from clipa_t5x.weights import (
-    array_files,
     array_sources,
     exporting,
     layouts,
@@ -29,16 +28,14 @@ from clipa_t5x.weights import (
     parameter_files,
     parity,
     serving,
+    text_vocabularies,
 )
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 CLIPA_WEIGHTS = "model.npz"
-# Of each format, where the arrays are.
-_FILES = {
-    "open_clip": OPEN_CLIP_WEIGHTS,
-    "clipa": CLIPA_WEIGHTS,
-    "stablehlo": serving.PARAMETERS,
-}
+_WEIGHTS = {
+    "open_clip": OPEN_CLIP_WEIGHTS, "clipa": CLIPA_WEIGHTS, "stablehlo": serving.PARAMETERS,
+}  # fmt: skip
 # What Hugging Face's tokenizer needs to be told besides the vocabulary.
 _TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
 
@@ -72,8 +69,9 @@ def export(
       export_format: 'open_clip' (a folder for `local-dir:` and Hugging Face), 'clipa' (`.npz`) or
         'stablehlo' (both towers, for jax alone).
       checkpoint: as for `eval.evaluate`; None takes the newest in `model_dir`.
-      probe_rows: images and texts that are embedded before and after; 0 compares checksums only.
-      verify: whether embeddings that differ are an error.
+      probe_rows: images and texts that are embedded before and after; 0 embeds none.
+      verify: whether embeddings that differ are an error; where none are made, whether the written
+        arrays are read back, and checksums that differ are one.
       tolerance: see `parity.certificate`.
       **_: the other arguments of `train.train`, which are not used.
 
@@ -81,8 +79,9 @@ def export(
       What `parity.json` holds.
 
     Raises:
-      UserError: there is no such checkpoint, the format has no place for the model, or embeddings
-        differ and `verify` is set.
+      UserError: there is no such checkpoint, it holds NaN, Inf or integers, the format has no place
+        for the model, the folder cannot be written or holds another format's export, or what is
+        compared differs and `verify` is set.
     """
     lengths = train_dataset_cfg.task_feature_lengths
     abstract_params = _abstract_params(model, train_dataset_cfg)
@@ -95,16 +94,18 @@ def export(
         "open_clip": job.open_clip, "clipa": job.clipa, "stablehlo": job.stablehlo,
     }[export_format]  # fmt: skip
     with _reading(checkpoint or model_dir, job.shapes) as (read, source):
-        remedy = "name a folder, existing or not, that can be written"
-        folders.make(output_dir, "--output_dir", remedy)
+        _make_folder(output_dir, export_format)
         parameters, target = write(read)
-        compared = _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
+        compared: dict[str, Any] = (
+            _compare(job, read, export_format, target, probe_rows) if probe_rows else {}
+        )
+    if verify and not probe_rows:
+        path = os.path.join(output_dir, _WEIGHTS[export_format])
+        compared = {"differing_arrays": exporting.differing(path, parameters)}
     found = parity.certificate(
         source=source, target=target, layout=export_format, parameters=parameters,
         tolerance=tolerance, **compared,
     )  # fmt: skip
-    if not probe_rows:
-        found |= _read_again(output_dir, export_format, parameters)
     logging.info("Exported %s to %s: %s.", source, target, parity.write(output_dir, found))
     if verify and not found["passed"]:
         raise UserError(
@@ -112,20 +113,6 @@ def export(
             f"(--tolerance). See {os.path.join(output_dir, parity.FILE)}."
         )
     return found
-
-
-def _read_again(
-    output_dir: str, export_format: str, parameters: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Whether every array that was written, read again one by one, has the checksum it should."""
-    with array_files.open_arrays(os.path.join(output_dir, _FILES[export_format])) as arrays:
-        bad = [
-            name
-            for name, entry in parameters.items()
-            if exporting.describe(arrays[name].read())["crc32c"] != entry["crc32c"]
-        ]
-    return {"compared_with": "checksums of the files, read again", "differing": bad,
-            "passed": not bad}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,24 +127,16 @@ class _Export:
     output_dir: str
 
     def open_clip(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        pieces = self._vocabulary().pieces
         config = open_clip_config.config(
-            self.model, self.image_size, self.text_length, self._resize_mode()
+            self.model, self.image_size, self.text_length, self._resize_mode(known_only=True)
         )
         tables = exporting.fixed_tables(self.model, self.image_size, self.text_length)
         tensors = layouts.open_clip(self._unstacked(tables))
-        vocabulary = tasks.get_task(self.eval_cfg.mixture_or_task_name).output_features["text"]
-        vocab: Any = vocabulary.vocabulary
-        pieces = vocab.pieces
-        if len(pieces) > self.model.text_tower.vocab_size:
-            raise UserError(
-                f"the vocabulary has {len(pieces)} pieces and the text tower's table "
-                f"{self.model.text_tower.vocab_size} rows: set VOCABULARY_PATH to that which the "
-                "model was trained with."
-            )
         folder = epath.Path(self.output_dir)
         parameters = self._write(OPEN_CLIP_WEIGHTS, tensors, read, tables)
         (folder / open_clip_options.CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+        self._write_vocabulary(pieces)
         (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG) + "\n")
         return parameters, self.output_dir
 
@@ -167,10 +146,57 @@ class _Export:
         return parameters, os.path.join(self.output_dir, CLIPA_WEIGHTS)
 
     def stablehlo(self, read: exporting.Read) -> tuple[dict[str, Any], str]:
+        vocabulary = self._vocabulary_if_any()
         parameters = serving.write(
-            self.output_dir, self.model, self.shapes, read, self.image_size, self.text_length
-        )
+            self.output_dir, self.model, self.shapes, read, self.image_size, self.text_length,
+            {
+                "images": self._image_preprocessing(),
+                "texts": self._text_preprocessing(vocabulary),
+            },
+        )  # fmt: skip
+        if vocabulary is not None:
+            self._write_vocabulary(vocabulary.pieces)
         return parameters, self.output_dir
+
+    def _image_preprocessing(self) -> dict[str, Any]:
+        """How images become what the image tower takes, which scales pixels itself."""
+        return {
+            "size": [self.image_size, self.image_size],
+            "resize_mode": self._resize_mode(known_only=False),
+            "interpolation": "bilinear",
+            "mean": list(self.model.image_mean),
+            "std": list(self.model.image_std),
+            "scaled_by": "image_tower",
+        }
+
+    def _text_preprocessing(self, vocabulary: Any) -> dict[str, Any]:
+        """How texts become ids."""
+        if vocabulary is None:
+            return {"length": self.text_length, "vocabulary": None}
+        return {
+            "length": self.text_length,
+            "vocabulary": text_vocabularies.FILE,
+            "tokenization": vocabulary.tokenization,
+            "lower_case": True,
+            "first_id": vocabulary.cls_id,
+            "unknown_id": vocabulary.unk_id,
+            "padding_id": 0,
+        }
+
+    def _vocabulary_if_any(self) -> Any:
+        try:
+            return self._vocabulary()
+        except UserError as error:
+            logging.warning("The export has no vocabulary: %s", error)
+            return None
+
+    def _vocabulary(self) -> Any:
+        rows = self.model.text_tower.vocab_size
+        return text_vocabularies.for_export(self.eval_cfg, rows)
+
+    def _write_vocabulary(self, pieces: Sequence[str]) -> None:
+        path = epath.Path(self.output_dir) / text_vocabularies.FILE
+        path.write_text("".join(f"{piece}\n" for piece in pieces))
 
     def _unstacked(self, tables: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
         shapes = layouts.unstacked({name: leaf.shape for name, leaf in self.shapes.items()})
@@ -188,16 +214,28 @@ class _Export:
         path = os.path.join(self.output_dir, name)
         return exporting.write(path, tensors, read, shapes, tables, prefix)
 
-    def _resize_mode(self) -> str:
+    def _resize_mode(self, known_only: bool) -> str:
         preprocessor: Any = tasks.image_preprocessor(self.eval_cfg.mixture_or_task_name)
         name = getattr(inspect.unwrap(preprocessor), "__name__", type(preprocessor).__name__)
         if name not in open_clip_config.RESIZE_MODES:
+            if not known_only:
+                return name
             raise UserError(
                 f"images are evaluated by {name}, and OpenCLIP's preprocessing is "
                 f"{' or '.join(open_clip_config.RESIZE_MODES)}: set "
                 "--gin.EVAL_IMAGE_PREPROCESSOR=@preprocessors.squash and TRAIN_EVAL_DATASET."
             )
         return open_clip_config.RESIZE_MODES[name]
+
+
+def _make_folder(path: str, export_format: str) -> None:
+    folders.make(path, "--output_dir", "name a folder, existing or not, that can be written")
+    there = parity.layout_of(path)
+    if there not in (None, export_format):
+        raise UserError(
+            f"--output_dir {path} has the {parity.FILE} of weights in another layout, {there}: "
+            f"name another folder for --format={export_format}."
+        )
 
 
 def _abstract_params(model: models.ClipModel, cfg: input_pipeline.DatasetConfig) -> Any:
@@ -213,11 +251,20 @@ def _reading(path: str, wanted: Mapping[str, Any]) -> Iterator[tuple[exporting.R
         if array_sources.is_source(path):
             file = stack.enter_context(parameter_files.open_parameters(path, wanted))
             checkpoints.check_same_parameters(file.saved, wanted, path, remedy)
-            yield lambda name: file.saved[name].read(), path
+            yield _finite(path, file.saved, lambda name: file.saved[name].read()), path
             return
         checkpoint = stage_handover.open_checkpoint(*checkpoints.locate(path))
         checkpoints.check_same_parameters(checkpoint.saved, wanted, checkpoint.path, remedy)
-        yield checkpoint.read, checkpoint.path
+        yield _finite(checkpoint.path, checkpoint.saved, checkpoint.read), checkpoint.path
+
+
+def _finite(path: str, saved: Mapping[str, Any], read: exporting.Read) -> exporting.Read:
+    """Reads what a model can have, in float32, as every format holds it."""
+
+    def read_finite(name: str) -> np.ndarray:
+        return parameter_files.finite(path, name, saved[name].dtype, lambda: read(name), np.float32)
+
+    return read_finite
 
 
 def _compare(
@@ -225,13 +272,19 @@ def _compare(
 ) -> dict[str, Any]:
     """Embeddings of a probe by the parameters before, and by whoever reads the export."""
     batch = parity.probe(rows, job.image_size, job.text_length, job.model.text_tower.vocab_size)
-    exact = export_format != "stablehlo"  # Which computes in the model's own dtype.
-    tree = traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/")
-    before = parity.embed(job.model, tree, batch, exact)
+    params = traverse_util.unflatten_dict({n: read(n) for n in job.shapes}, sep="/")
+    if export_format == "stablehlo":  # Which dtype it computes in is fixed in it.
+        towers = (job.model.image_tower, job.model.text_tower)
+        return {
+            "batch": batch,
+            "before": parity.embed(job.model, params, batch, exact=False),
+            "after": serving.embed(target, batch),
+            "compared_with": f"jax.export, jax {jax.__version__}",
+            "computed_in": [np.dtype(tower.dtype).name for tower in towers],
+        }
+    before = parity.embed(job.model, params, batch)
     peer = open_clip_peer.version() if export_format == "open_clip" else None
-    if export_format == "stablehlo":
-        after, compared_with = serving.embed(target, batch), f"jax.export, jax {jax.__version__}"
-    elif peer and "://" not in target:
+    if peer and "://" not in target:
         after, compared_with = open_clip_peer.embed(target, batch), peer
     else:
         is_folder = export_format == "open_clip"

@@ -4,12 +4,12 @@
 """
 
 import collections
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from clipa_t5x import (
     checkpoint_folders,
@@ -24,7 +24,15 @@ from clipa_t5x import (
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.data import input_pipeline
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import exporting, open_clip_options, open_clip_peer, parity
+from clipa_t5x.weights import (
+    array_sources,
+    exporting,
+    open_clip_options,
+    open_clip_peer,
+    parameter_files,
+    parity,
+    text_vocabularies,
+)
 
 # What a run that has read no data yet would say of its position in them.
 _NO_DATA_YET = {"next_sample": 0}
@@ -71,8 +79,8 @@ def import_weights(
 
     Raises:
       UserError: `model_dir` has a checkpoint already, or the weights are damaged or of another
-        model, and nothing is written then; or embeddings differ, and `verify` is set: the
-        checkpoint is removed again.
+        model, and nothing is written then; or embeddings differ, and `verify` is set: then no
+        checkpoint is left.
     """
     train.check_arguments(model_dir, checkpoint_cfg.save, random_seed)
     if steps := checkpoints.all_steps(model_dir):
@@ -89,6 +97,9 @@ def import_weights(
     loaded = stage_handover.load_params(
         source, trainer.abstract_state.params, checkpoint_cfg.restore.resized, model
     )
+    warnings = text_vocabularies.check_import(
+        source, model.text_tower.vocab_size, train_dataset_cfg
+    )
     lengths = train_dataset_cfg.task_feature_lengths
     batch = parity.probe(4, lengths["images"], lengths["text"], model.text_tower.vocab_size)
     is_alone = jax.process_count() == 1  # Of several, no process has all of the parameters.
@@ -99,14 +110,19 @@ def import_weights(
     checkpointer.save(0, state, _NO_DATA_YET)
     checkpointer.close()
     num_params = model_info.num_params(trainer.abstract_state.params)
-    summary = _summary(source, model_dir, loaded, num_params)
+    summary = _summary(source, model_dir, loaded, num_params, warnings)
     if before is None:
         return summary
     found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
     summary += f"\n{parity.write(model_dir, found)}"
     if verify and not found["passed"]:
         checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
-        raise UserError(f"{model_dir} is not what it comes from: {parity.summary(found)}.")
+        for warning in loaded.file.warnings if loaded.file else ():
+            logging.warning("%s", warning)  # They may be why.
+        raise UserError(
+            f"{source} is not imported, because its embeddings are others: "
+            f"{parity.summary(found)} (--tolerance). See {model_dir}/{parity.FILE}."
+        )
     return summary
 
 
@@ -121,8 +137,9 @@ def _certificate(
 ) -> dict[str, Any]:
     """What `parity.json` holds: of the checkpoint, read again."""
     again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
+    made_of = _sources(source, checkpoints.flatten(trainer.abstract_state.params))
     parameters = {
-        name: {**exporting.describe(np.asarray(array)), "from": [name]}
+        name: {**exporting.describe(np.asarray(array)), "from": made_of[name]}
         for name, array in checkpoints.flatten(again).items()
     }
     return parity.certificate(
@@ -138,37 +155,68 @@ def _certificate(
     )
 
 
+def _sources(source: str, wanted: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By parameter: name, shape, dtype and checksum of each of the source's arrays it is made of.
+
+    They are read once more, one at a time.
+    """
+    if not array_sources.is_source(source):
+        checkpoint = stage_handover.open_checkpoint(*checkpoints.locate(source))
+        return {n: [{"name": n, **exporting.describe(checkpoint.read(n))}] for n in wanted}
+    with parameter_files.open_parameters(source, wanted) as file:
+        arrays = {name: array for part in file.sources.values() for name, array in part.items()}
+        found = {
+            name: {"name": name, **exporting.describe(array.read())}
+            for name, array in arrays.items()
+        }
+        return {name: [found[part] for part in file.sources[name]] for name in wanted}
+
+
 def _embed_source(
     source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
 ) -> tuple[parity.Embeddings, str]:
     """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
-    incomparable = ""
-    if open_clip_peer.is_folder(source) and (peer := open_clip_peer.version()):
-        incomparable = _incomparable(source, model, batch, peer)
-        if not incomparable:
-            return open_clip_peer.embed(source, batch), peer
-    ours = parity.embed(model, loaded.params, batch)
-    return ours, f"this package, before the checkpoint{incomparable}"
+    ours = "this package, before the checkpoint"
+    config_file = open_clip_options.config_beside(source)
+    peer = open_clip_peer.version() if open_clip_peer.is_folder(source) else None
+    if peer and config_file and not loaded.notes:  # What was resized is another model's.
+        config = open_clip_options.read(config_file)
+        there = open_clip_options.sizes(config)
+        here = (batch.images.shape[1], batch.ids.shape[1])
+        if there == here:
+            config, added = open_clip_options.completed(config, model)
+            unsaid = f" with {', '.join(added)}, which {config_file} does not say" if added else ""
+            return open_clip_peer.embed(source, batch, config), peer + unsaid
+        ours += (
+            f" (not {peer}: {config_file} is for {there[0]} px and {there[1]} tokens, and these "
+            f"have {here[0]} and {here[1]})"
+        )
+    return parity.embed(model, loaded.params, batch), ours
 
 
-def _incomparable(source: str, model: models.ClipModel, batch: parity.Probe, peer: str) -> str:
-    """Why OpenCLIP would make another model of a folder; '' where it would not."""
-    config = os.path.join(source, open_clip_options.CONFIG_FILE)
-    if open_clip_options.leaves_open(config, model):
-        return f", as the configuration does not say all that {peer} would take"
-    if open_clip_options.sizes(config) != (batch.images.shape[1], batch.ids.shape[1]):
-        return f", as {peer} would make a model of another size"
-    return ""
-
-
-def _summary(source: str, model_dir: str, loaded: stage_handover.Loaded, num_params: int) -> str:
+def _summary(
+    source: str,
+    model_dir: str,
+    loaded: stage_handover.Loaded,
+    num_params: int,
+    warnings: Sequence[str],
+) -> str:
     file = loaded.file
     layout = f"{file.layout} layout, {file.num_arrays} arrays" if file else "a checkpoint"
     lines = [f"{source}: {layout}, {num_params:,} parameters"]
     lines += [f"resized {note}" for note in loaded.notes]
+    arrays = {
+        name: a for part in (file.sources if file else {}).values() for name, a in part.items()
+    }
+    dtypes = collections.Counter(array.dtype.name for array in arrays.values())
+    lines += [
+        f"{count} arrays of {dtype} became float32"
+        for dtype, count in sorted(dtypes.items())
+        if dtype != "float32"
+    ]
     if file and file.ignored:
         lines.append(f"left out {_by_top(file.ignored)}")
-    lines += [f"warning: {warning}" for warning in (file.warnings if file else ())]
+    lines += [f"warning: {each}" for each in (*(file.warnings if file else ()), *warnings)]
     folder = checkpoint_folders.folder_of(model_dir, 0)
     lines.append(f"wrote {folder}; the optimizer, the step and the data begin anew")
     return "\n".join(lines)

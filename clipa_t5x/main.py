@@ -18,7 +18,7 @@ from absl import flags, logging
 from clipa_t5x import (
     command_flags,
     errors,
-    gin_statements,
+    experiment,
     gin_utils,
     goodput,
     partitioning,
@@ -27,8 +27,6 @@ from clipa_t5x import (
     processes,
     recipe_changes,
 )
-
-ROOT = "clipa_t5x.train.train"
 
 _FLAGS = command_flags.FLAGS
 
@@ -226,69 +224,40 @@ def use_compilation_cache(directory: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse_gin(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
-    """Parses and checks an experiment; builds nothing."""
-    from clipa_t5x.data import input_pipeline
-
-    input_pipeline.keep_accelerators_for_jax()
-    gin_utils.parse(gin_files, bindings, _FLAGS.gin_search_paths, root=ROOT)
-
-
-_NO_CHECKPOINT = "INITIAL_CHECKPOINT_PATH = None"
-# Of what neither writes nor restores.
-_UNUSED = ("MODEL_DIR = 'unused'", _NO_CHECKPOINT)
-
-
-def _parse_without_checkpoint() -> None:
-    """Parses a recipe for what has no use of an earlier stage, which it may demand."""
-    paths = _FLAGS.gin_search_paths
-    demands = gin_statements.sets_macro("INITIAL_CHECKPOINT_PATH", _FLAGS.gin_file, paths)
-    parse_gin(_FLAGS.gin_file, [*([_NO_CHECKPOINT] if demands else []), *_FLAGS.gin_bindings])
-
-
-def _parse_to_train() -> None:
-    """Parses a recipe; one that has been begun, and names no earlier stage, needs none."""
-    from clipa_t5x import checkpoints
-
-    try:
-        parse_gin(_FLAGS.gin_file, _FLAGS.gin_bindings)
-    except errors.UserError as error:
-        if "INITIAL_CHECKPOINT_PATH" not in str(error):
-            raise
-        _parse_without_checkpoint()
-        if not checkpoints.all_steps(gin_utils.build_arguments(ROOT)["model_dir"]):
-            raise
+def _parse_gin(*first: str, parse: Callable[..., None] = experiment.parse) -> None:
+    """Parses the flags' experiment; its own bindings come after those given."""
+    parse(_FLAGS.gin_file, [*first, *_FLAGS.gin_bindings], _FLAGS.gin_search_paths)
 
 
 def _train() -> None:
     if _FLAGS.dry_run:
         _describe()
         return
-    _parse_to_train()
+    _parse_gin(parse=experiment.parse_to_go_on)
     if not _FLAGS.accept_recipe_changes:
         # Built again to train: objects are cheap before anything is read or compiled.
-        model_dir = gin_utils.build_arguments(ROOT)["model_dir"]
+        model_dir = experiment.arguments()["model_dir"]
         recipe_changes.refuse(model_dir, gin_utils.operative_config())
     goodput.count_from(processes.start_time())
-    gin_utils.get_root(ROOT)()
+    gin_utils.get_root(experiment.ROOT)()
 
 
 def _describe() -> None:
     """A dry run: writes nothing and restores nothing."""
     from clipa_t5x import train
 
-    parse_gin(_FLAGS.gin_file, [*_UNUSED, *_FLAGS.gin_bindings])
+    _parse_gin(*experiment.NO_PLACES)
     mesh = partitioning.parse_mesh(_FLAGS.mesh) if _FLAGS.mesh else None
-    print(train.describe(**gin_utils.build_arguments(ROOT), mesh_shape=mesh))
+    print(train.describe(**experiment.arguments(), mesh_shape=mesh))
 
 
 def _eval() -> None:
     from clipa_t5x import eval as eval_lib
     from clipa_t5x import evaluation_watch
 
-    _parse_without_checkpoint()
+    _parse_gin(parse=experiment.parse_without_beginning)
     if not _FLAGS.watch:
-        eval_lib.evaluate(**gin_utils.build_arguments(ROOT), checkpoint=_FLAGS.checkpoint)
+        eval_lib.evaluate(**experiment.arguments(), checkpoint=_FLAGS.checkpoint)
         return
     if _FLAGS.checkpoint:
         raise errors.UserError(
@@ -296,17 +265,17 @@ def _eval() -> None:
             f"{_FLAGS.checkpoint}: give one of the two."
         )
     patience = evaluation_watch.Patience(_FLAGS.poll_seconds, _FLAGS.news_timeout_seconds)
-    eval_lib.watch(**gin_utils.build_arguments(ROOT), patience=patience)
+    eval_lib.watch(**experiment.arguments(), patience=patience)
 
 
 def _export() -> None:
     from clipa_t5x import export
 
-    _parse_without_checkpoint()
+    _parse_gin(parse=experiment.parse_without_beginning)
     if not _FLAGS.output_dir:
         raise errors.UserError("export needs --output_dir=DIR, where the exported files go.")
     export.export(
-        **gin_utils.build_arguments(ROOT),
+        **experiment.arguments(),
         output_dir=_FLAGS.output_dir,
         export_format=_FLAGS.format,
         checkpoint=_FLAGS.checkpoint,
@@ -321,9 +290,9 @@ def _import_weights() -> None:
 
     if not _FLAGS.source:
         raise errors.UserError("import_weights needs --source=FILE or a folder of weights.")
-    _parse_without_checkpoint()
+    _parse_gin(parse=experiment.parse_without_beginning)
     summary = import_weights.import_weights(
-        **gin_utils.build_arguments(ROOT),
+        **experiment.arguments(),
         source=_FLAGS.source,
         verify=_FLAGS.verify,
         tolerance=_FLAGS.tolerance,
@@ -363,8 +332,8 @@ def _precompile() -> None:
 def _benchmark() -> None:
     from clipa_t5x.data import benchmark
 
-    parse_gin(_FLAGS.gin_file, [*_UNUSED, *_FLAGS.gin_bindings])
-    print(benchmark.run(gin_utils.build_arguments(ROOT)["train_dataset_cfg"], _FLAGS.seconds))
+    _parse_gin(*experiment.NO_PLACES)
+    print(benchmark.run(experiment.arguments()["train_dataset_cfg"], _FLAGS.seconds))
 
 
 if __name__ == "__main__":

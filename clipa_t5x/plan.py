@@ -16,12 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from clipa_t5x import costs, errors, gin_utils, plan_plot, plan_tables
+from clipa_t5x import costs, errors, experiment, gin_utils, plan_plot, plan_tables
 from clipa_t5x.plan_tables import StagePlan
-
-# A plan writes nothing of a run and restores nothing.
-_UNUSED_MODEL_DIR = "MODEL_DIR = 'unused'"
-_NO_CHECKPOINT = "INITIAL_CHECKPOINT_PATH = None"
 
 
 def read_recipe(
@@ -47,16 +43,16 @@ def read_recipe(
     for gin_file in gin_files:
         files = [gin_file]
         if schedule.is_schedule(files, search_paths):
-            files = list(schedule.read(files, [_UNUSED_MODEL_DIR, *own], search_paths).stages)
+            files = list(schedule.read(files, [experiment.NO_MODEL_DIR, *own], search_paths).stages)
         for file in files:
-            settings = [_UNUSED_MODEL_DIR, _NO_CHECKPOINT, *shared]
-            gin_utils.parse([file], settings, search_paths, root=schedule.TRAIN_ROOT)
-            stages.append(_stage_plan(file, schedule.TRAIN_ROOT))
+            settings = [*experiment.NO_PLACES, *shared]
+            experiment.parse([file], settings, search_paths)
+            stages.append(_stage_plan(file))
     return stages
 
 
-def _stage_plan(gin_file: str, root: str) -> StagePlan:
-    arguments = gin_utils.build_arguments(root)
+def _stage_plan(gin_file: str) -> StagePlan:
+    arguments = experiment.arguments()
     dataset = arguments["train_dataset_cfg"]
     return StagePlan(
         name=pathlib.PurePath(gin_file).stem,

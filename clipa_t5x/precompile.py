@@ -19,16 +19,18 @@ from typing import Any
 import jax
 from absl import logging
 
-from clipa_t5x import cost_report, gin_utils, partitioning, schedule, step_cost, topologies
+from clipa_t5x import (
+    cost_report,
+    experiment,
+    gin_utils,
+    partitioning,
+    schedule,
+    step_cost,
+    topologies,
+)
 from clipa_t5x import trainer as trainer_lib
 from clipa_t5x.errors import UserError
 from clipa_t5x.model_info import format_bytes
-
-TRAIN_ROOT = schedule.TRAIN_ROOT
-
-# Nothing is written or restored.
-_UNUSED_MODEL_DIR = "MODEL_DIR = 'unused'"
-_NO_CHECKPOINT = "INITIAL_CHECKPOINT_PATH = None"
 
 # What a search varies beside the mesh: macros that change together and their values, those that
 # need the least memory first.
@@ -70,9 +72,9 @@ class Recipe:
           UserError: the configuration is refused.
         """
         own = [f"{name} = {value!r}" for name, value in overrides.items()]
-        bindings = [_UNUSED_MODEL_DIR, _NO_CHECKPOINT, *self.bindings, *own]
-        gin_utils.parse(self.gin_files, bindings, self.search_paths, root=TRAIN_ROOT)
-        return gin_utils.build_arguments(TRAIN_ROOT)
+        bindings = [*experiment.NO_PLACES, *self.bindings, *own]
+        experiment.parse(self.gin_files, bindings, self.search_paths)
+        return experiment.arguments()
 
     def stages(self) -> list["Recipe"] | None:
         """Of a schedule its stages in order, None for a stage.
@@ -83,7 +85,7 @@ class Recipe:
         if not schedule.is_schedule(self.gin_files, self.search_paths):
             return None
         own, shared = schedule.split_bindings(self.bindings)
-        read = schedule.read(self.gin_files, [_UNUSED_MODEL_DIR, *own], self.search_paths)
+        read = schedule.read(self.gin_files, [experiment.NO_MODEL_DIR, *own], self.search_paths)
         return [Recipe([file], shared, self.search_paths) for file in read.stages]
 
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from clipa_t5x import (
     errors,
+    experiment,
     gin_statements,
     gin_utils,
     goodput,
@@ -25,7 +26,6 @@ from clipa_t5x import (
 )
 
 ROOT = "clipa_t5x.schedule.Schedule"
-TRAIN_ROOT = "clipa_t5x.train.train"
 
 # Macros of the schedule itself; every other override goes to all stages.
 OWN_MACROS = ("MODEL_DIR", "STAGES")
@@ -110,8 +110,8 @@ def parse_stage(
       UserError: anything in it is refused.
     """
     bindings = [*schedule.bindings(number), *shared]
-    gin_utils.parse([schedule.stages[number]], bindings, search_paths, root=TRAIN_ROOT)
-    gin_utils.build_arguments(TRAIN_ROOT)
+    experiment.parse([schedule.stages[number]], bindings, search_paths)
+    experiment.arguments()
 
 
 def run(
@@ -151,7 +151,7 @@ def run(
             continue
         logging.info("%s of %d: %s", schedule.stage_name(number), len(schedule.stages), stage)
         parse(number)
-        gin_utils.get_root(TRAIN_ROOT)()
+        gin_utils.get_root(experiment.ROOT)()
         goodput.count_from()
     if jax.process_index() == 0:
         history = run_history.load(schedule.model_dir)

@@ -88,9 +88,19 @@ def _train_flops(model: models.ClipModel, pixels: int, text_length: int) -> int 
 
 def is_completed(model_dir: str) -> bool:
     """Whether a run has been trained to its end, its evaluation included."""
+    return _read(model_dir).get("completed") is True
+
+
+def initial_checkpoint(model_dir: str) -> str | None:
+    """Where a run took its first parameters from; None where from nowhere, or it is not said."""
+    path = _read(model_dir).get("initial_checkpoint")
+    return path if isinstance(path, str) else None
+
+
+def _read(model_dir: str) -> dict[str, Any]:
     path = epath.Path(model_dir) / run_history.STAGE_FILE
     try:
         record = json.loads(path.read_text()) if path.exists() else {}
     except (ValueError, RecursionError):  # Torn by a kill, and not worth an error.
-        return False
-    return isinstance(record, dict) and record.get("completed") is True
+        return {}
+    return record if isinstance(record, dict) else {}

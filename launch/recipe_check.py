@@ -1,6 +1,6 @@
 """Refuses a recipe that would not train, before anything is rented for it."""
 
-from clipa_t5x import gin_utils, main, schedule
+from clipa_t5x import experiment, schedule
 from launch import job
 
 
@@ -13,8 +13,8 @@ def check_recipe(spec: job.JobSpec) -> None:
     bindings = [*spec.gin_bindings, f"MODEL_DIR = {spec.model_dir!r}"]
     paths = spec.gin_search_paths
     if spec.verb != "schedule":
-        gin_utils.parse(spec.gin_file, bindings, paths, root=main.ROOT)
-        gin_utils.build_arguments(main.ROOT)
+        experiment.parse(spec.gin_file, bindings, paths)
+        experiment.arguments()
         return
     own, shared = schedule.split_bindings(bindings)
     stages = schedule.read(spec.gin_file, own, paths)

@@ -28,7 +28,7 @@ LAYERS = [
     | {"checkpoint_writer", "stage_handover"}
     | {"goodput", "goodput_plot", "lease", "recipe_changes"}
     | {"sweep_runs", "inverse_scaling", "law_tables", "law_plot"},
-    {"main", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
+    {"main", "experiment", "train", "eval", "schedule", "report", "data.build", "data.benchmark"}
     | {"export", "precompile", "import_weights", "plan", "compare", "law", "t5x_bridge"}
     | {"command_flags"},
 ]

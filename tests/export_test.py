@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import subprocess
@@ -35,7 +36,7 @@ def exported(tmp_path, tiny_model):
     def run(export_format, image=None, text=None, resize=preprocessors.squash, **kwargs):
         model = tiny_model(image=image, text=text)
         weights = trap_weights.save(tmp_path / "w.safetensors", model, PIXELS, LENGTH)
-        folder = tmp_path / "exported"
+        folder = tmp_path / kwargs.pop("folder", "exported")
         found = export.export(
             **run_arguments(tmp_path, model, resize),
             output_dir=str(folder),
@@ -116,10 +117,78 @@ def test_both_towers_serve_without_this_package(exported, tiny_model):
     np.savez(folder / "inputs.npz", image_tower=batch.images, text_tower=batch.ids)
     subprocess.run([sys.executable, "-c", _SERVER, str(folder)], check=True)
     expected = parity.embed(tiny_model(), traverse_util.unflatten_dict(weights, sep="/"), batch)
+    preprocessing = json.loads((folder / "signature.json").read_text())["preprocessing"]
+    assert preprocessing["images"]["resize_mode"] == "squash"
+    assert preprocessing["images"]["mean"] == list(tiny_model().image_mean)
+    texts = preprocessing["texts"]
+    assert (texts["length"], texts["tokenization"], texts["first_id"]) == (LENGTH, "clipa", 2)
+    assert (folder / texts["vocabulary"]).read_text().startswith("[PAD]\n[UNK]\n[CLS]\nred\n")
     for tower, embeddings in zip(("image_tower", "text_tower"), expected, strict=True):
         for rows in (1, 3):
             served = np.load(folder / f"{tower}{rows}.npy")
             np.testing.assert_allclose(served, embeddings[:rows], atol=2e-6)
+
+
+def test_towers_in_bfloat16_are_compared_in_bfloat16(exported):
+    half = {"dtype": "bfloat16"}
+    _, _, found = exported("stablehlo", half, half)
+    assert found["passed"] and found["computed_in"] == ["bfloat16", "bfloat16"]
+    _, _, found = exported("clipa", half, half, folder="another")
+    assert found["passed"] and found["computed_in"] == ["float32", "float32"]
+
+
+@pytest.mark.parametrize("export_format", ["open_clip", "clipa", "stablehlo"])
+def test_without_a_probe_what_was_written_is_read_back(exported, monkeypatch, export_format):
+    _, folder, found = exported(export_format, probe_rows=0)
+    assert found["passed"] and found["probe"] is None and found["differing_arrays"] == []
+    original = exporting.array_writers.open_writer
+
+    @contextlib.contextmanager
+    def damaging(path, stated):
+        with original(path, stated) as writer:
+            write = writer.write
+            writer.write = lambda name, array: write(name, array + np.float32("scale" in name))
+            yield writer
+
+    monkeypatch.setattr(exporting.array_writers, "open_writer", damaging)
+    with pytest.raises(
+        UserError, match="arrays; read back, .* are not as they were written: .*scale"
+    ):
+        exported(export_format, probe_rows=0)
+    assert json.loads((folder / parity.FILE).read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.float32("nan"), "logit_scale of .* holds 1 numbers of 1 that are NaN"),
+        (np.int32(3), "logit_scale of .* is of int32"),
+    ],
+)
+@pytest.mark.parametrize("export_format", ["open_clip", "clipa", "stablehlo"])
+def test_what_no_model_can_have_is_not_exported(
+    tmp_path, tiny_model, export_format, value, message
+):
+    model = tiny_model()
+    weights = {**trap_weights.make(model, PIXELS, LENGTH), "logit_scale": np.asarray(value)}
+    safetensors.numpy.save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=message):
+        export.export(
+            **run_arguments(tmp_path, model), checkpoint=str(tmp_path / "w.safetensors"),
+            output_dir=str(tmp_path / "out"), export_format=export_format, probe_rows=0,
+        )  # fmt: skip
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_is_none_or_another_export_s_is_refused(exported, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/within"):
+        with pytest.raises(UserError, match="--output_dir .*file.* cannot be made"):
+            exported("clipa", folder=folder)
+    exported("clipa")
+    exported("clipa")
+    with pytest.raises(UserError, match="parity.json of weights in another layout, clipa: name"):
+        exported("stablehlo")
 
 
 def test_a_run_s_checkpoint_is_read_parameter_by_parameter(make_trainer, tmp_path, monkeypatch):
@@ -139,7 +208,7 @@ def test_a_run_s_checkpoint_is_read_parameter_by_parameter(make_trainer, tmp_pat
     found = export.export(
         **arguments, output_dir=str(tmp_path / "out"), export_format="clipa", probe_rows=0
     )
-    assert found["probe"] is None and found["source"].endswith("checkpoint_6")
+    assert found["passed"] is None and found["source"].endswith("checkpoint_6")
     params = checkpoints.flatten(state.params)
     assert sorted(read) == sorted(params)  # each once
     with parameter_files.open_parameters(str(tmp_path / "out/model.npz"), params) as file:
@@ -166,6 +235,16 @@ def test_what_open_clip_has_not_is_named(exported, image, text, message):
         exported("open_clip", image, text)
 
 
+def test_a_vocabulary_that_the_table_has_no_rows_for_is_not_exported(exported):
+    few = {"vocab_size": 14}
+    with pytest.raises(UserError, match="has 15 pieces and TextTransformer.vocab_size is 14"):
+        exported("open_clip", text=few)
+    # What can be used without one says that it has none.
+    _, folder, _ = exported("stablehlo", text=few, folder="another")
+    texts = json.loads((folder / "signature.json").read_text())["preprocessing"]["texts"]
+    assert texts["vocabulary"] is None and not (folder / "vocab.txt").exists()
+
+
 def test_embeddings_that_differ_fail_the_command(exported, monkeypatch):
     with pytest.raises(UserError, match="is not what it comes from.*beyond 0"):
         _tampered(monkeypatch)
@@ -182,39 +261,6 @@ def _tampered(monkeypatch):
         return found if len(calls) == 1 else parity.Embeddings(found.images + 1e-3, found.texts)
 
     monkeypatch.setattr(parity, "embed", embed)
-
-
-@pytest.mark.parametrize("export_format", ["open_clip", "clipa", "stablehlo"])
-def test_without_a_probe_files_are_read_again(exported, monkeypatch, export_format):
-    _, _, found = exported(export_format, probe_rows=0)
-    assert found["passed"] and found["differing"] == [] and found["probe"] is None
-    original = exporting.describe
-    calls = []
-
-    def describe(array):
-        calls.append(None)
-        return original(array if len(calls) != 1 else array + 1)  # As if written otherwise.
-
-    monkeypatch.setattr(exporting, "describe", describe)
-    with pytest.raises(UserError, match="1 of the files' checksums differ"):
-        exported(export_format, probe_rows=0)
-
-
-def test_a_bfloat16_model_serves_as_it_computes(exported):
-    bfloat16 = {"dtype": "bfloat16"}
-    _, _, found = exported("stablehlo", image=bfloat16, text=bfloat16)
-    assert found["passed"]
-
-
-def test_a_folder_that_cannot_be_made_is_refused(exported, tmp_path):
-    (tmp_path / "exported").write_text("")
-    with pytest.raises(UserError, match="--output_dir .* cannot be made"):
-        exported("clipa")
-
-
-def test_a_vocabulary_larger_than_the_table_is_refused(exported):
-    with pytest.raises(UserError, match="pieces and the text tower's table 3 rows"):
-        exported("open_clip", text={"vocab_size": 3})
 
 
 def test_a_checkpoint_of_another_model_is_refused(exported, tmp_path, tiny_model):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, storage_errors
 from clipa_t5x.weights import npz_files, safetensors_files
 from clipa_t5x.weights.stored_arrays import StoredArrays, refusal
 
@@ -55,9 +55,10 @@ def is_file(path: str) -> bool:
     """
     try:
         return epath.Path(path).is_file()
-    except KeyError as error:  # What etils has for such URLs.
+    except (KeyError, *storage_errors()) as error:  # The first is what etils has for unknown URLs.
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path} is a URL that cannot be read ({error}): copy the file here and give its path."
+            f"{path} is a URL that cannot be read ({reason}): copy the file here and give its path."
         ) from error
 
 

@@ -5,6 +5,7 @@ A checkpoint of this package is none of these: see `checkpoints`.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 from etils import epath
@@ -24,6 +25,13 @@ def is_source(path: str) -> bool:
     Raises:
       UserError: it is a URL that nothing here reads.
     """
+    if hub := re.match(r"hf-hub:|hf://|hf:|https://huggingface\.co/", path):
+        repository = path[hub.end() :].strip("/")
+        folder = repository.rpartition("/")[2] or "weights"
+        raise UserError(
+            f"{path} is at Hugging Face, and nothing is downloaded here: run `hf download "
+            f"{repository} --local-dir {folder}` first, and give that folder."
+        )
     return (
         array_files.is_file(path)
         or _subtree(path) is not None

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from clipa_t5x.towers import position_embeddings, vision_transformer
-from clipa_t5x.weights import array_writers, layouts
+from clipa_t5x.weights import array_files, array_writers, layouts
 
 Read = Callable[[str], np.ndarray]
 _CHUNK_BYTES = 2**24
@@ -80,6 +80,25 @@ def describe(array: np.ndarray) -> dict[str, Any]:
     for start in range(0, data.size, _CHUNK_BYTES):
         checksum = google_crc32c.extend(checksum, data[start : start + _CHUNK_BYTES].tobytes())
     return {"shape": list(array.shape), "dtype": array.dtype.name, "crc32c": f"{checksum:08x}"}
+
+
+def differing(path: str, written: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the arrays that a file does not hold as they were written; reads one at a time.
+
+    Args:
+      path: of a file that `write` made.
+      written: what it returned.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    with array_files.open_arrays(path) as arrays:
+        return [
+            name
+            for name, entry in written.items()
+            if name not in arrays
+            or any(entry[key] != value for key, value in describe(arrays[name].read()).items())
+        ]
 
 
 def _owners(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, int | None]]:

@@ -4,12 +4,14 @@ OpenCLIP's weights do not tell which GELU they were trained with, where a text i
 wide a head is: only the configuration beside them does.
 """
 
+import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from clipa_t5x.errors import UserError
@@ -75,13 +77,11 @@ class Options:
       unsaid: options whose value is OpenCLIP's default for what the configuration does not say.
         CLIPA's published ones do not say its GELU and epsilon, so that a default is no proof.
       unknown: fields that are not known here, such as 'text_cfg.new_thing'.
-      has_tokenizer: whether it names one of Hugging Face's.
     """
 
     values: Mapping[str, Any]
     unsaid: frozenset[str]
     unknown: tuple[str, ...]
-    has_tokenizer: bool = True
 
 
 def read(path: str) -> Mapping[str, Any]:
@@ -150,23 +150,62 @@ def options(config: Mapping[str, Any]) -> Options:
         if value and field not in _KNOWN[name] and field not in _NONE_HERE[name]
         and not (name == "model_cfg" and section is config and field == "preprocess_cfg")
     )  # fmt: skip
-    return Options(values, frozenset(unsaid), unknown, bool(text.get("hf_tokenizer_name")))
-
-
-def sizes(path: str) -> tuple[Any, Any]:
-    """(side of the images, length of the texts) that a configuration's model takes.
-
-    Raises:
-      UserError: the file is no such configuration.
-    """
-    _, vision, text = _models(read(path))
-    return vision.get("image_size", 224), text.get("context_length", 77)
+    return Options(values, frozenset(unsaid), unknown)
 
 
 def _models(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The sections of the model and of its two towers; a configuration may be the first alone."""
     model = _section(config, "model_cfg") if "model_cfg" in config else config
     return model, _section(model, "vision_cfg"), _section(model, "text_cfg")
+
+
+def sizes(config: Mapping[str, Any]) -> tuple[Any, int]:
+    """(pixels a side, or of every side where they differ; tokens) that a configuration is for."""
+    _, vision, text = _models(config)
+    pixels = vision.get("image_size", 224)
+    if isinstance(pixels, list) and len(set(map(str, pixels))) == 1:
+        pixels = pixels[0]
+    return pixels, text.get("context_length", 77)
+
+
+def tokenizer(path: str) -> str | None:
+    """Hugging Face's tokenizer that a configuration's file names; None where it names none.
+
+    OpenCLIP then takes OpenAI's byte-pair encoding.
+    """
+    _, _, text = _models(read(path))
+    return text.get("hf_tokenizer_name") or None
+
+
+def completed(config: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], list[str]]:
+    """What a configuration does not say, said as a model has it.
+
+    Args:
+      config: as for `options`.
+      model: a `models.ClipModel`.
+
+    Returns:
+      (a configuration with 'model_cfg', what it says more than `config`, such as
+      "TextTransformer.activation='gelu_tanh'").
+    """
+    said: dict[str, Any] = copy.deepcopy(dict(config))
+    said = said if "model_cfg" in said else {"model_cfg": said}
+    added = []
+    for name in sorted(options(config).unsaid):
+        owner, _, attribute = name.partition(".")
+        is_image = owner == "VisionTransformer"
+        value = getattr(model.image_tower if is_image else model.text_tower, attribute)
+        if value in (_EPSILON, _GELU):
+            continue
+        if value == "gelu_quick":  # Of both towers, or of none.
+            said["model_cfg"]["quick_gelu"] = True
+        else:
+            field = "norm_kwargs" if attribute == "layer_norm_epsilon" else "act_kwargs"
+            own = {"eps": value} if field == "norm_kwargs" else {"approximate": "tanh"}
+            section = said["model_cfg"]["vision_cfg" if is_image else "text_cfg"]
+            section[field] = {**(section.get(field) or {}), **own}
+        added.append(f"{name}={value!r}")
+    return said, added
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -277,8 +316,13 @@ def check(path: str, model: Any) -> list[str]:
       UserError: the file is no such configuration, or what it says differs from the model.
     """
     stated = options(read(path))
+    towers = {"VisionTransformer": model.image_tower, "TextTransformer": model.text_tower}
     refused, warnings = [], []
-    for name, here, there in _differing(stated, model):
+    for name, there in stated.values.items():
+        owner, _, attribute = name.partition(".")
+        here = getattr(towers.get(owner, model), attribute, there)
+        if _same(here, there):
+            continue
         if name in stated.unsaid:
             warnings.append(
                 f"{path} does not say {name}, for which OpenCLIP takes {there!r}, and here it is "
@@ -288,33 +332,14 @@ def check(path: str, model: Any) -> list[str]:
         else:
             refused.append(f"{name} is {there!r} there and {here!r} here")
     if refused:
+        for warning in warnings:  # They may be why.
+            logging.warning("%s", warning)
         raise UserError(
             f"{path} is of a different model: {', '.join(refused)}. Give the options that are "
             "there (--gin.NAME=VALUE), or weights of this model."
         )
     warnings += [f"{path} sets {field}, which is not known here." for field in stated.unknown]
-    if not stated.has_tokenizer:
-        warnings.append(
-            f"{path} names no hf_tokenizer_name: its texts are tokenised by CLIP's byte pairs, "
-            "which are not here, so that prompts and captions mean nothing to its text tower."
-        )
     return warnings
-
-
-def leaves_open(path: str, model: Any) -> bool:
-    """Whether OpenCLIP, for want of a word in a configuration, makes another model of it."""
-    stated = options(read(path))
-    return any(name in stated.unsaid for name, _, _ in _differing(stated, model))
-
-
-def _differing(stated: Options, model: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(option, its value here, its value there) of those that differ."""
-    towers = {"VisionTransformer": model.image_tower, "TextTransformer": model.text_tower}
-    for name, there in stated.values.items():
-        owner, _, attribute = name.partition(".")
-        here = getattr(towers.get(owner, model), attribute, there)
-        if not _same(here, there):
-            yield name, here, there
 
 
 def _same(here: Any, there: Any) -> bool:

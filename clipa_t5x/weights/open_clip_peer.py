@@ -1,14 +1,18 @@
 """An exported folder as the real OpenCLIP sees it, where it is installed (extra `interop`)."""
 
+import contextlib
 import importlib.util
+import json
 import os
+import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import open_clip_options, parity
+from clipa_t5x.weights import array_sources, open_clip_options, parity
 
 
 def version() -> str | None:
@@ -30,21 +34,38 @@ def is_folder(path: str) -> bool:
     return os.path.isfile(os.path.join(path, open_clip_options.CONFIG_FILE))
 
 
-def embed(folder: str, batch: parity.Probe) -> parity.Embeddings:
+def embed(
+    folder: str, batch: parity.Probe, config: Mapping[str, Any] | None = None
+) -> parity.Embeddings:
     """Loads a local folder as any user of OpenCLIP does, and embeds a probe in float32.
 
     Images are scaled as the folder's own preprocessing says, not resized.
 
+    Args:
+      folder: local.
+      batch: what to embed.
+      config: in the place of the folder's own `open_clip_config.json`; then its weights are known
+        to be `.safetensors`, whatever their name.
+
     Raises:
-      UserError: OpenCLIP cannot load it.
+      UserError: OpenCLIP does not load it, or does not embed the probe.
     """
-    try:
-        return _embed(folder, batch)
-    except Exception as error:  # Torch's and OpenCLIP's own, of files that anybody wrote.
-        raise UserError(
-            f"{version()} cannot load {folder} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}): its configuration and its weights do not fit."
-        ) from error
+    with contextlib.ExitStack() as stack:
+        load = folder
+        if config is not None:
+            load = stack.enter_context(tempfile.TemporaryDirectory(prefix="open_clip-"))
+            weights = os.path.abspath(array_sources.weights_file(folder) or folder)
+            os.symlink(weights, os.path.join(load, "open_clip_model.safetensors"))
+            with open(os.path.join(load, open_clip_options.CONFIG_FILE), "w") as file:
+                json.dump(config, file)
+        try:
+            return _embed(load, batch)
+        except Exception as error:  # Each of its layers has errors of its own.
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(load, folder)
+            raise UserError(
+                f"{version()} makes no embeddings of {folder}: {reason[:400]}. Its "
+                f"{open_clip_options.CONFIG_FILE} and its weights have to be of one model."
+            ) from error
 
 
 def _embed(folder: str, batch: parity.Probe) -> parity.Embeddings:

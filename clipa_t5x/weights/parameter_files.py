@@ -6,7 +6,8 @@ What `checkpoints` does for its own folders, up to the placing of arrays on devi
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,9 @@ from clipa_t5x.weights import (
 from clipa_t5x.weights.stored_arrays import StoredArray, StoredArrays
 
 PREFIX = "params/"
-# Where parameters are in a file: alone, beside an optimizer's state, in older files within it.
-_PREFIXES = (PREFIX, "opt/target/", "target/")
+# Where parameters are in a file: alone, beside an optimizer's state, in older files within it; the
+# last is PyTorch's, of a model that several devices trained.
+_PREFIXES = (PREFIX, "opt/target/", "target/", "module.")
 # Of OpenCLIP's state dicts: the prefix of its other class, and arrays that are no parameters.
 _TEXT_PREFIX = "text."
 _NO_PARAMETERS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
@@ -45,6 +47,7 @@ class ParameterFile:
       num_arrays: how many arrays there these are made of.
       ignored: names of what else is there, such as an optimizer's state.
       warnings: lines on what might not fit.
+      sources: by parameter name, the arrays there that it is made of, by their names there.
     """
 
     path: str
@@ -53,6 +56,7 @@ class ParameterFile:
     num_arrays: int = 0
     ignored: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    sources: Mapping[str, StoredArrays] = dataclasses.field(default_factory=dict)
 
     def restore(self, request: Any) -> Any:
         """Reads parameters, one after the other, each laid out as it is asked for.
@@ -69,29 +73,45 @@ class ParameterFile:
 
         def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            values = self._values(name, self.saved[name], leaf.dtype)
+            stored = self.saved[name]
+            values = finite(self.path, name, stored.dtype, stored.read, leaf.dtype)
             return jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, lambda index: values[index]
             )
 
         return jax.tree_util.tree_map_with_path(place, request)
 
-    def _values(self, name: str, stored: StoredArray, dtype: Any) -> np.ndarray:
-        if not jax.numpy.issubdtype(stored.dtype, jax.numpy.floating):
-            raise UserError(
-                f"{name} of {self.path} is of {stored.dtype.name}, and parameters are floating-"
-                "point numbers: give the file that training or a conversion wrote."
-            )
-        with np.errstate(over="ignore"):  # What is beyond the dtype is told of below.
-            values = stored.read().astype(dtype, copy=False)
-        bad = values.size - int(np.isfinite(values).sum())
-        if bad:
-            raise UserError(
-                f"{name} of {self.path} holds {bad} numbers of {values.size} that are NaN, Inf or "
-                f"beyond {np.dtype(dtype).name}: every loss would be NaN. Give weights of a run "
-                "that did not diverge."
-            )
-        return values
+
+def finite(
+    path: str, name: str, stored: np.dtype, read: Callable[[], np.ndarray], dtype: Any
+) -> np.ndarray:
+    """Reads a parameter that a model can have, as `dtype`.
+
+    Args:
+      path: where it is, for people.
+      name: of the parameter.
+      stored: its dtype there.
+      read: reads it.
+      dtype: that is asked for.
+
+    Raises:
+      UserError: it is of integers, or holds NaN, Inf or what is beyond `dtype`.
+    """
+    if not jax.numpy.issubdtype(stored, jax.numpy.floating):
+        raise UserError(
+            f"{name} of {path} is of {np.dtype(stored).name}, and parameters are floating-"
+            "point numbers: give the file that training or a conversion wrote."
+        )
+    with np.errstate(over="ignore"):  # What is beyond the dtype is told of below.
+        values = read().astype(dtype, copy=False)
+    bad = values.size - int(np.isfinite(values).sum())
+    if bad:
+        raise UserError(
+            f"{name} of {path} holds {bad} numbers of {values.size} that are NaN, Inf or "
+            f"beyond {np.dtype(dtype).name}: every loss would be NaN. Give weights of a run "
+            "that did not diverge."
+        )
+    return values
 
 
 @contextlib.contextmanager
@@ -118,13 +138,31 @@ def open_parameters(
     """
     warnings = _compare_with_config(path, model)
     with array_sources.open_source(path) as arrays:
-        named, ignored = _parameters(arrays)
-        layout = architecture.layout_of(named) or architecture.OURS
+        named, ignored, full_names = _parameters(arrays)
+        layout = architecture.layout_of(named)
+        if layout is None:
+            _refuse_subtree(path, arrays)
+        layout = layout or architecture.OURS
         if layout == architecture.OURS:
-            saved = _stacked_as_wanted(named, wanted)
+            saved, parts = _stacked_as_wanted(named, wanted)
         else:
-            saved = _translated(path, named, layout, wanted)
-        yield ParameterFile(path, saved, layout, len(named), ignored, warnings)
+            saved, parts = _translated(path, named, layout, wanted)
+        sources = {
+            name: {full_names[part]: named[part] for part in dict.fromkeys(parts[name])}
+            for name in saved
+        }
+        yield ParameterFile(path, saved, layout, len(named), ignored, warnings, sources)
+
+
+def _refuse_subtree(path: str, names: Iterable[str]) -> None:
+    """Says which part of a file has parameters, where they are no names at its top."""
+    pattern = r"(.+?)/(params/|opt/target/|target/)?(img|txt|image_tower|text_tower)/.*"
+    trees = sorted({m[1] for m in (re.fullmatch(pattern, name) for name in names) if m})
+    if trees:
+        raise UserError(
+            f"{path} has its parameters under {', '.join(map(repr, trees[:8]))}: give "
+            f"{path}:{trees[0]}."
+        )
 
 
 def _compare_with_config(path: str, model: Any) -> list[str]:
@@ -132,31 +170,34 @@ def _compare_with_config(path: str, model: Any) -> list[str]:
     return open_clip_options.check(config, model) if config and model is not None else []
 
 
-def _parameters(arrays: StoredArrays) -> tuple[dict[str, StoredArray], list[str]]:
-    """(parameters by their names there, names of all else)."""
+def _parameters(arrays: StoredArrays) -> tuple[dict[str, StoredArray], list[str], dict[str, str]]:
+    """(parameters by their names in their layout, names of all else, full names of the former)."""
     prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in arrays)), "")
-    named = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    full_names = {k.removeprefix(prefix): k for k in arrays if k.startswith(prefix)}
     ignored = [name for name in arrays if not name.startswith(prefix)]
-    if architecture.layout_of(named) == architecture.OPEN_CLIP:
-        named = {name.removeprefix(_TEXT_PREFIX): array for name, array in named.items()}
-        ignored += sorted(_NO_PARAMETERS & named.keys())
-        named = {name: array for name, array in named.items() if name not in _NO_PARAMETERS}
-    return named, ignored
+    if architecture.layout_of(full_names) == architecture.OPEN_CLIP:
+        full_names = {name.removeprefix(_TEXT_PREFIX): k for name, k in full_names.items()}
+        ignored += sorted(_NO_PARAMETERS & full_names.keys())
+        full_names = {name: k for name, k in full_names.items() if name not in _NO_PARAMETERS}
+    return {name: arrays[k] for name, k in full_names.items()}, ignored, full_names
 
 
-def _stacked_as_wanted(named: StoredArrays, wanted: Mapping[str, Any]) -> StoredArrays:
+# Parameters here, and the names in their layout of what each is made of.
+_Named = tuple[dict[str, StoredArray], dict[str, list[str]]]
+
+
+def _stacked_as_wanted(named: StoredArrays, wanted: Mapping[str, Any]) -> _Named:
     """Own names; layers on their own are stacked where scanned ones are wanted."""
-    saved = dict(named)
+    saved, parts = dict(named), {name: [name] for name in named}
     for name, array in wanted.items():
         layers = layouts.layer_names(name, array.shape[0]) if layouts.is_stacked(name) else []
         if layers and all(layer in named for layer in layers):
             saved[name] = _stack([saved.pop(layer) for layer in layers])
-    return saved
+            parts[name] = layers
+    return saved, parts
 
 
-def _translated(
-    path: str, named: StoredArrays, layout: str, wanted: Mapping[str, Any]
-) -> StoredArrays:
+def _translated(path: str, named: StoredArrays, layout: str, wanted: Mapping[str, Any]) -> _Named:
     """Arrays of another layout under our names."""
     for start, kind in _OTHER_KIND.items():
         if any(name.startswith(start) for name in named):
@@ -185,12 +226,14 @@ def _translated(
     for table in fixed:
         if table in apart:
             _check_fixed(path, table, apart[table])
-    return {
-        name: _stack([apart[layer] for layer in layouts.layer_names(name, array.shape[0])])
-        if layouts.is_stacked(name)
-        else apart[name]
-        for name, array in wanted.items()
-    }
+    made_of = {part: tensor.name for tensor in tensors for part in tensor.parts}
+    saved, parts = {}, {}
+    for name, array in wanted.items():
+        is_stacked = layouts.is_stacked(name)
+        layers = layouts.layer_names(name, array.shape[0]) if is_stacked else [name]
+        saved[name] = _stack([apart[layer] for layer in layers]) if is_stacked else apart[name]
+        parts[name] = [made_of[layer] for layer in layers]
+    return saved, parts
 
 
 _LAYOUTS: Mapping[str, Callable[[layouts.Shapes], list[layouts.Tensor]]] = {

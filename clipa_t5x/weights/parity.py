@@ -1,7 +1,9 @@
 """Proof that weights say the same on both sides: embeddings of a fixed probe, compared."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,23 +46,31 @@ def probe(rows: int, image_size: int, text_length: int, vocab_size: int, seed: i
 
 
 def embed(model: Any, params: Any, batch: Probe, exact: bool = True) -> Embeddings:
-    """Embeds by this package; `exact` is in float32, whatever the model computes in.
+    """Embeds by this package.
 
-    Products are of full precision in either case.
+    Args:
+      model: a `models.ClipModel`.
+      params: its parameters.
+      batch: what to embed.
+      exact: in float32 and at full precision, whatever the model computes in; otherwise in its own
+        dtypes, each tower in a program of its own.
     """
+    precision: Any = contextlib.nullcontext()
     if exact:
+        precision = jax.default_matmul_precision("highest")
         model = model.clone(
             image_tower=model.image_tower.clone(dtype="float32"),
             text_tower=model.text_tower.clone(dtype="float32"),
         )
+    embeddings = []
+    with precision:
+        for inputs, method in zip(batch, ("embed_images", "embed_text"), strict=True):
 
-    @jax.jit
-    def both(params: Any, images: jax.Array, ids: jax.Array) -> Any:
-        return model.apply({"params": params}, {"images": images, "text": ids}, method="embed")
+            def tower(params: Any, x: jax.Array, method: str = method) -> Any:
+                return model.apply({"params": params}, x, method=method)
 
-    with jax.default_matmul_precision("highest"):
-        images, texts = both(params, jnp.asarray(batch.images), jnp.asarray(batch.ids))
-    return Embeddings(np.asarray(images), np.asarray(texts))
+            embeddings.append(np.asarray(jax.jit(tower)(params, jnp.asarray(inputs))))
+    return Embeddings(*embeddings)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -83,6 +93,8 @@ def certificate(
     compared_with: str = "",
     before: Embeddings | None = None,
     after: Embeddings | None = None,
+    computed_in: Sequence[str] = ("float32", "float32"),
+    differing_arrays: Sequence[str] | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """What `parity.json` holds.
@@ -91,11 +103,16 @@ def certificate(
       source: where the weights come from.
       target: where they went.
       layout: of the target, or the source's where that is another's.
-      parameters: by name in that layout: 'shape', 'dtype', 'crc32c', and 'from', the names here.
+      parameters: by name there: 'shape', 'dtype', 'crc32c', and 'from': of an export, the names
+        here that it is made of; of an import, name, shape, dtype and crc32c of each of the source's
+        arrays that it is made of.
       batch: what was embedded; None where nothing was.
       compared_with: which implementation made `after`.
       before: the source's embeddings.
       after: the target's.
+      computed_in: dtypes of the image and the text tower, in both.
+      differing_arrays: names of those that were read back from the target's files and are not as
+        they were written; None where none was read back.
       tolerance: largest absolute difference that passes; a cosine passes from 1 minus it.
     """
     found: dict[str, Any] = {
@@ -106,7 +123,10 @@ def certificate(
         "parameters": dict(parameters),
     }
     if batch is None or before is None or after is None:
-        return {**found, "probe": None, "passed": None}
+        if differing_arrays is None:
+            return {**found, "probe": None, "passed": None}
+        differing = list(differing_arrays)
+        return {**found, "probe": None, "differing_arrays": differing, "passed": not differing}
     compared = {
         "image_embeddings": difference(before.images, after.images),
         "text_embeddings": difference(before.texts, after.texts),
@@ -119,6 +139,7 @@ def certificate(
         **found,
         "probe": {"images": list(batch.images.shape), "texts": list(batch.ids.shape), "seed": 0},
         "compared_with": compared_with,
+        "computed_in": list(computed_in),
         **compared,
         "tolerance": tolerance,
         "passed": passed,
@@ -126,18 +147,40 @@ def certificate(
 
 
 def write(folder: str, found: Mapping[str, Any]) -> str:
-    """Writes a certificate as `parity.json` into a folder; returns a line about it."""
-    (epath.Path(folder) / FILE).write_text(json.dumps(found, indent=2) + "\n")
+    """Writes a certificate as `parity.json` into a folder; returns a line about it.
+
+    What is no number, such as the difference of an embedding that is NaN, is null there.
+    """
+    text = json.dumps(_finite(found), indent=2, allow_nan=False)
+    (epath.Path(folder) / FILE).write_text(f"{text}\n")
     return summary(found)
+
+
+def layout_of(folder: str) -> str | None:
+    """The layout that a folder's certificate names; None where there is none that can be read."""
+    path = epath.Path(folder) / FILE
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except (ValueError, RecursionError):
+        return None
+    return found.get("layout") if isinstance(found, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(found: Mapping[str, Any]) -> str:
     """One line for people."""
     parameters = f"{found['num_parameters']:,} numbers in {len(found['parameters'])} arrays"
+    if found["passed"] is None:
+        return f"{parameters}; embeddings not compared"
     if found["probe"] is None:
-        bad = found.get("differing")
-        compared = "" if bad is None else f", {len(bad)} of the files' checksums differ"
-        return f"{parameters}; embeddings not compared{compared}"
+        bad = found["differing_arrays"]
+        others = f"{len(bad)} are not as they were written: {', '.join(bad[:8])}"
+        return f"{parameters}; read back, {others if bad else 'all are as they were written'}"
     image, text = found["image_embeddings"], found["text_embeddings"]
     return (
         f"{parameters}; embeddings differ from those of {found['compared_with']} by at most "

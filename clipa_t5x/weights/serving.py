@@ -72,15 +72,23 @@ def write(
     read: exporting.Read,
     image_size: int,
     text_length: int,
+    preprocessing: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Writes the artefacts, the parameters and what they take, into a folder.
+
+    Args:
+      output_dir: local or remote, there.
+      model: as for `export_towers`.
+      shapes: as for `export_towers`.
+      read: reads a parameter by its name.
+      image_size: pixels.
+      text_length: tokens.
+      preprocessing: what makes the inputs, of 'images' and 'texts', for `signature.json`.
 
     Returns:
       What became of every parameter, as `exporting.write`.
     """
     folder = epath.Path(output_dir)
-    for name, content in export_towers(model, shapes, image_size, text_length).items():
-        (folder / name).write_bytes(content)
     stated = {name: jax.ShapeDtypeStruct(s.shape, np.float32) for name, s in shapes.items()}
     written = {}
     with array_writers.open_writer(f"{folder / PARAMETERS}", stated) as writer:
@@ -88,9 +96,12 @@ def write(
             array = read(name).astype(np.float32, copy=False)
             writer.write(name, array)
             written[name] = {**exporting.describe(array), "from": [name]}
+    for name, content in export_towers(model, shapes, image_size, text_length).items():
+        (folder / name).write_bytes(content)
     signature = {
         "image_tower": {"inputs": ["batch", image_size, image_size, 3], "dtype": "uint8"},
         "text_tower": {"inputs": ["batch", text_length], "dtype": "int32"},
+        "preprocessing": preprocessing,
         "parameters": PARAMETERS,
         "platforms": PLATFORMS,
     }

@@ -10,8 +10,9 @@ import safetensors.numpy
 from flax import linen as nn
 
 from clipa_t5x import checkpoints, models, stage_handover
+from clipa_t5x.errors import UserError
 from clipa_t5x.towers import position_embeddings, text_transformer, vision_transformer
-from clipa_t5x.weights import layouts, open_clip_options
+from clipa_t5x.weights import layouts, open_clip_options, open_clip_peer, parity
 
 TOLERANCE, MIN_COSINE = 1e-5, 0.99999
 # What a wrong convention moves these embeddings by, at least.
@@ -231,3 +232,31 @@ def test_the_comparison_feels_every_convention(case, name, tower, option):
     found = ours(wrong, params, subject.images, subject.text)
     index = 0 if tower == "image" else 1
     assert np.abs(found[index] - subject.embeddings[index]).max() > MOVED
+
+
+def test_a_peer_is_built_with_what_its_configuration_does_not_say(case):
+    """CLIPA's published ones say neither GELU nor epsilon."""
+    subject = case("ViT-L-14-CLIPA")
+    clipas = {"activation": "gelu_tanh", "layer_norm_epsilon": 1e-6}
+    model = subject.model(image=clipas, text=clipas)
+    params = subject.load(model)
+    pixels = subject.config["vision_cfg"]["image_size"]
+    batch = parity.probe(4, pixels, LENGTH, VOCABULARY)
+    mean, std = ([x / 255 for x in each] for each in (model.image_mean, model.image_std))
+    config = {"model_cfg": subject.config, "preprocess_cfg": {"mean": mean, "std": std}}
+    said, _ = open_clip_options.completed(config, model)
+    own = parity.embed(model, params, batch)
+    for peer, bound in (
+        (open_clip_peer.embed(subject.folder, batch, said), (0, TOLERANCE)),
+        (open_clip_peer.embed(subject.folder, batch, config), (MOVED, np.inf)),
+    ):
+        for here, there in zip(own, peer, strict=True):
+            assert bound[0] <= np.abs(here - there).max() <= bound[1]
+
+
+def test_a_peer_that_cannot_embed_says_so_in_a_line(case):
+    subject = case("ViT-L-14-CLIPA")
+    batch = parity.probe(2, 2 * subject.config["vision_cfg"]["image_size"], LENGTH, VOCABULARY)
+    with pytest.raises(UserError, match="makes no embeddings of .*RuntimeError") as caught:
+        open_clip_peer.embed(subject.folder, batch)
+    assert "\n" not in str(caught.value)

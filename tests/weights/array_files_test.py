@@ -123,3 +123,12 @@ def test_a_remote_file_is_copied_and_named_as_it_was_given(tmp_path):
 
 def test_a_url_that_nothing_reads_is_refused():
     assert "is a URL that cannot be read" in refused("https://example.org/w.npz")
+
+
+def test_storage_that_does_not_answer_is_an_error_of_one_line(monkeypatch):
+    def unanswered(path):
+        raise OSError("Error executing an HTTP request:\n could not resolve host")
+
+    monkeypatch.setattr(type(array_files.epath.Path("x")), "is_file", unanswered)
+    with pytest.raises(UserError, match="cannot be read .Error executing .* resolve host.: copy"):
+        array_files.is_file("gs://bucket/w.npz")

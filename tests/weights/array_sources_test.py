@@ -65,3 +65,9 @@ def test_what_is_no_source(tmp_path):
     refused(tmp_path, "there are no weights at", "open_clip_model.safetensors")
     with pytest.raises(UserError, match="URL"):
         array_sources.is_source("strange://bucket/w.npz")
+
+
+@pytest.mark.parametrize("start", ["hf-hub:", "hf://", "https://huggingface.co/"])
+def test_how_to_download_is_said(start):
+    with pytest.raises(UserError, match="run `hf download org/ViT-L --local-dir ViT-L` first"):
+        array_sources.is_source(f"{start}org/ViT-L")

@@ -185,13 +185,31 @@ def test_the_configuration_of_a_folder_or_beside_a_file(tmp_path):
         assert open_clip_options.config_beside(str(each)) == str(path)
 
 
-def test_what_openclip_would_make_another_model_of_is_told(tmp_path, tiny_model):
-    """CLIPA's published configurations do not say GELU and epsilon: OpenCLIP takes its own."""
-    path = tmp_path / "open_clip_config.json"
-    said = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
-    for kwargs, is_open in (({}, True), (said, False)):
-        vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, **kwargs}
-        text = {"layers": 2, "width": 32, "heads": 4, "vocab_size": 64, **kwargs}
-        path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
-        model = tiny_model(image={"activation": "gelu_tanh"}, text={"activation": "gelu_tanh"})
-        assert open_clip_options.leaves_open(str(path), model) == is_open
+def test_what_is_not_said_is_said_as_the_model_has_it():
+    clipas = {"activation": "gelu_tanh", "layer_norm_epsilon": 1e-6}
+    said, added = open_clip_options.completed(BIG_G, big_g(clipas, clipas))
+    assert added == [
+        "TextTransformer.activation='gelu_tanh'", "TextTransformer.layer_norm_epsilon=1e-06",
+        "VisionTransformer.activation='gelu_tanh'", "VisionTransformer.layer_norm_epsilon=1e-06",
+    ]  # fmt: skip
+    found = open_clip_options.options(said)
+    assert not found.unsaid and found.values["TextTransformer.activation"] == "gelu_tanh"
+    assert "act_kwargs" not in BIG_G["vision_cfg"]
+    # Whatever is said stays, and OpenCLIP's own defaults need not be.
+    exact = {**BIG_G, "text_cfg": {**BIG_G["text_cfg"], "norm_kwargs": {"eps": 1e-4}}}
+    assert open_clip_options.completed({"model_cfg": exact}, big_g()) == ({"model_cfg": exact}, [])
+    quick = {"activation": "gelu_quick"}
+    said, _ = open_clip_options.completed(BIG_G, big_g(quick, quick))
+    assert said["model_cfg"]["quick_gelu"] is True
+
+
+def test_the_sizes_that_a_configuration_is_for():
+    assert open_clip_options.sizes(BIG_G) == (224, 32)
+    model = {"vision_cfg": {"image_size": [84, 84]}, "text_cfg": {}}
+    assert open_clip_options.sizes({"model_cfg": model}) == (84, 77)
+
+
+def test_what_is_not_said_is_told_of_before_a_refusal(tmp_path, caplog):
+    with caplog.at_level("WARNING"), pytest.raises(UserError, match="width is 1664 there"):
+        check(tmp_path, BIG_G, big_g({"width": 1024, "activation": "gelu_tanh"}))
+    assert "does not say VisionTransformer.activation" in caplog.text

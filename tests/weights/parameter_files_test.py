@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trap_weights
 from safetensors import numpy as safetensors_numpy
 
 from clipa_t5x import checkpoints
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import parameter_files
+from clipa_t5x.weights import exporting, layouts, parameter_files
 
 SHARDED = jax.sharding.PartitionSpec("data")
 
@@ -55,6 +56,36 @@ def test_parameters_come_back_sharded(tmp_path, params, suffix, prefix):
         assert array.sharding.is_equivalent_to(leaf.sharding, array.ndim)
         assert array.dtype == leaf.dtype
     assert any(not array.is_fully_replicated for array in jax.tree.leaves(restored))
+
+
+def test_a_state_dict_of_several_devices_training_is_the_model_s(tmp_path, tiny_model):
+    model = tiny_model()
+    flat = trap_weights.make(model, 16, 8)
+    tables = exporting.fixed_tables(model, 16, 8)
+    shapes = layouts.unstacked({name: x.shape for name, x in flat.items()})
+    tensors = layouts.open_clip({**shapes, **{name: x.shape for name, x in tables.items()}})
+    whole = {name: x.shape for name, x in flat.items()}
+    exporting.write(
+        str(tmp_path / "w.safetensors"), tensors, flat.__getitem__, whole, tables, "module."
+    )
+    with parameter_files.open_parameters(str(tmp_path / "w.safetensors"), flat) as file:
+        for name, array in flat.items():
+            np.testing.assert_array_equal(file.saved[name].read(), array, err_msg=name)
+        (source,) = file.sources["logit_scale"]
+    assert source == "module.logit_scale"
+
+
+@pytest.mark.parametrize("prefix", ["", "params/"])
+def test_the_part_of_a_file_that_has_parameters_is_named(tmp_path, params, prefix):
+    flat = checkpoints.flatten(params)
+    path = save(tmp_path / "w.npz", {f"run/ema/{prefix}{n}": x for n, x in flat.items()})
+    with (
+        pytest.raises(UserError, match=r"under 'run/ema': give .*w\.npz:run/ema\."),
+        parameter_files.open_parameters(path, flat),
+    ):
+        pass
+    with parameter_files.open_parameters(f"{path}:run/ema", flat) as file:
+        assert file.saved.keys() == flat.keys()
 
 
 def test_a_file_of_another_model_is_refused_before_it_is_read(tmp_path, params):

@@ -74,3 +74,19 @@ def test_embeddings_are_float32_s_whatever_the_model_computes_in(tiny_model):
     np.testing.assert_array_equal(exact.images, half.images)
     np.testing.assert_array_equal(exact.texts, half.texts)
     np.testing.assert_allclose(np.linalg.norm(exact.images, axis=1), 1, atol=1e-6)
+
+
+def test_what_is_no_number_fails_and_is_null(tmp_path):
+    broken = units(0)
+    broken[1, 2] = np.nan
+    found = certificate(broken, units(1))
+    assert not found["passed"] and "nan (images)" in parity.write(str(tmp_path), found)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    read = json.loads((tmp_path / parity.FILE).read_text(), parse_constant=refuse)
+    assert read["image_embeddings"]["max_abs_difference"] is None and read["passed"] is False
+    assert parity.layout_of(str(tmp_path)) == "clipa"
+    (tmp_path / parity.FILE).write_text("[")
+    assert parity.layout_of(str(tmp_path)) is parity.layout_of(str(tmp_path / "nowhere")) is None
