@@ -4,14 +4,15 @@
 """
 
 import collections
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from clipa_t5x import (
+    agreement,
     checkpoint_folders,
     checkpoints,
     model_info,
@@ -102,8 +103,7 @@ def import_weights(
     )
     lengths = train_dataset_cfg.task_feature_lengths
     batch = parity.probe(4, lengths["images"], lengths["text"], model.text_tower.vocab_size)
-    is_alone = jax.process_count() == 1  # Of several, no process has all of the parameters.
-    before = _embed_source(source, loaded, model, batch) if is_alone else None
+    before = _embed_source(source, loaded, model, batch)
     state = trainer.init_state(random_seed, loaded.params)
     summarize_config_fn(model_dir, None, 0)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
@@ -111,19 +111,25 @@ def import_weights(
     checkpointer.close()
     num_params = model_info.num_params(trainer.abstract_state.params)
     summary = _summary(source, model_dir, loaded, num_params, warnings)
-    if before is None:
-        return summary
-    found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
-    summary += f"\n{parity.write(model_dir, found)}"
-    if verify and not found["passed"]:
-        checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
+    again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
+    after = parity.embed(trainer.model, again, batch)
+
+    def certify() -> str:
+        found = _certificate(source, model_dir, loaded, trainer, batch, before, after, tolerance)
+        line = parity.write(model_dir, found)
+        if verify and not found["passed"]:
+            checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
+        return json.dumps([found["passed"], line])
+
+    passed, line = json.loads(agreement.same_for_all("parity", certify))
+    if verify and not passed:
         for warning in loaded.file.warnings if loaded.file else ():
             logging.warning("%s", warning)  # They may be why.
         raise UserError(
-            f"{source} is not imported, because its embeddings are others: "
-            f"{parity.summary(found)} (--tolerance). See {model_dir}/{parity.FILE}."
+            f"{source} is not imported, because its embeddings are others: {line} (--tolerance). "
+            f"See {model_dir}/{parity.FILE}."
         )
-    return summary
+    return f"{summary}\n{line}"
 
 
 def _certificate(
@@ -133,14 +139,16 @@ def _certificate(
     trainer: trainer_lib.Trainer,
     batch: parity.Probe,
     before: tuple[parity.Embeddings, str],
+    after: parity.Embeddings,
     tolerance: float,
 ) -> dict[str, Any]:
-    """What `parity.json` holds: of the checkpoint, read again."""
-    again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
-    made_of = _sources(source, checkpoints.flatten(trainer.abstract_state.params))
+    """What `parity.json` holds: of the checkpoint, read again parameter by parameter."""
+    wanted = checkpoints.flatten(trainer.abstract_state.params)
+    made_of = _sources(source, wanted)
+    checkpoint = stage_handover.open_checkpoint(model_dir, 0)
     parameters = {
-        name: {**exporting.describe(np.asarray(array)), "from": made_of[name]}
-        for name, array in checkpoints.flatten(again).items()
+        name: {**exporting.describe(checkpoint.read(name)), "from": made_of[name]}
+        for name in wanted
     }
     return parity.certificate(
         source=source,
@@ -150,7 +158,7 @@ def _certificate(
         batch=batch,
         compared_with=before[1],
         before=before[0],
-        after=parity.embed(trainer.model, again, batch),
+        after=after,
         tolerance=tolerance,
     )
 
@@ -175,10 +183,14 @@ def _sources(source: str, wanted: Mapping[str, Any]) -> dict[str, list[dict[str,
 def _embed_source(
     source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
 ) -> tuple[parity.Embeddings, str]:
-    """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
+    """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them.
+
+    Several processes embed together: each has some of the parameters.
+    """
     ours = "this package, before the checkpoint"
     config_file = open_clip_options.config_beside(source)
-    peer = open_clip_peer.version() if open_clip_peer.is_folder(source) else None
+    is_loadable = jax.process_count() == 1 and open_clip_peer.is_folder(source)
+    peer = open_clip_peer.version() if is_loadable else None
     if peer and config_file and not loaded.notes:  # What was resized is another model's.
         config = open_clip_options.read(config_file)
         there = open_clip_options.sizes(config)

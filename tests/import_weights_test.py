@@ -165,6 +165,26 @@ def test_the_command_line_that_imported_trains_evaluates_and_exports(weights, tm
     assert checkpoints.all_steps(str(tmp_path / "run")) == [0, 2]
 
 
+@pytest.mark.slow
+def test_two_processes_certify_what_one_does(weights, tmp_path):
+    found = []
+    for count, num_devices in ((1, 8), (2, 4)):
+        model_dir = tmp_path / f"run{count}"
+        settings = [*bindings(model_dir), "NUM_PARTITIONS = 4"]
+        command = experiments.command(
+            "import_weights",
+            f"--gin_file={experiments.GIN}/digits_stage1.gin",
+            *(f"--gin_bindings={each}" for each in settings),
+            f"--source={weights}",
+            "--verify",
+        )
+        experiments.run_processes(command, str(pathlib.Path.cwd()), count, num_devices)
+        found.append(json.loads((model_dir / parity.FILE).read_text()))
+        assert found[-1].pop("target") == str(model_dir)
+    one, two = found
+    assert two["passed"] and two["parameters"] == one["parameters"]
+
+
 @pytest.mark.parametrize("partitions", [4])
 def test_scanned_layers_on_eight_devices(weights, tmp_path, partitions):
     assert jax.device_count() == 8

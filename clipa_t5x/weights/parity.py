@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 FILE = "parity.json"
 TOLERANCE = 1e-5
@@ -69,7 +69,9 @@ def embed(model: Any, params: Any, batch: Probe, exact: bool = True) -> Embeddin
             def tower(params: Any, x: jax.Array, method: str = method) -> Any:
                 return model.apply({"params": params}, x, method=method)
 
-            embeddings.append(np.asarray(jax.jit(tower)(params, jnp.asarray(inputs))))
+            # Inputs are the same on every process, and so is what is gathered.
+            embedded = jax.jit(tower)(params, np.asarray(inputs))
+            embeddings.append(multihost_utils.process_allgather(embedded, tiled=True))
     return Embeddings(*embeddings)
 
 
