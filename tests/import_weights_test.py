@@ -170,7 +170,7 @@ def test_two_processes_certify_what_one_does(weights, tmp_path):
     found = []
     for count, num_devices in ((1, 8), (2, 4)):
         model_dir = tmp_path / f"run{count}"
-        settings = [*bindings(model_dir), "NUM_PARTITIONS = 4"]
+        settings = [*bindings(model_dir), "PjitPartitioner.num_partitions = 4"]
         command = experiments.command(
             "import_weights",
             f"--gin_file={experiments.GIN}/digits_stage1.gin",
