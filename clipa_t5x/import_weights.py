@@ -4,13 +4,16 @@
 """
 
 import collections
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from clipa_t5x import (
+    agreement,
     checkpoint_folders,
     checkpoints,
     model_info,
@@ -89,25 +92,20 @@ def import_weights(
     )
     lengths = train_dataset_cfg.task_feature_lengths
     batch = parity.probe(4, lengths["images"], lengths["text"], model.text_tower.vocab_size)
-    is_alone = jax.process_count() == 1  # Of several, no process has all of the parameters.
-    before = _embed_source(source, loaded, model, batch) if is_alone else None
+    before = _embed_source(source, loaded, model, batch)
     state = trainer.init_state(random_seed, loaded.params)
     summarize_config_fn(model_dir, None, 0)
     checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
     checkpointer.save(0, state, _NO_DATA_YET)
     checkpointer.close()
     num_params = model_info.num_params(trainer.abstract_state.params)
-    summary = _summary(source, model_dir, loaded, num_params)
-    if before is None:
-        return summary
-    found = _certificate(source, model_dir, loaded, trainer, batch, before, tolerance)
-    summary += f"\n{parity.write(model_dir, found)}"
-    if verify and not found["passed"]:
-        raise UserError(f"{model_dir} is not what it comes from: {parity.summary(found)}.")
-    return summary
+    compared, passed = _certify(source, model_dir, loaded, trainer, batch, before, tolerance)
+    if verify and not passed:
+        raise UserError(f"{model_dir} is not what it comes from: {compared}.")
+    return f"{_summary(source, model_dir, loaded, num_params)}\n{compared}"
 
 
-def _certificate(
+def _certify(
     source: str,
     model_dir: str,
     loaded: stage_handover.Loaded,
@@ -115,33 +113,61 @@ def _certificate(
     batch: parity.Probe,
     before: tuple[parity.Embeddings, str],
     tolerance: float,
-) -> dict[str, Any]:
-    """What `parity.json` holds: of the checkpoint, read again."""
+) -> tuple[str, bool]:
+    """Reads the checkpoint again, compares, writes `parity.json`: (a line about it, passed).
+
+    All processes embed, and gather parameter by parameter; the first one compares and writes.
+    """
     again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
-    parameters = {
-        name: {**exporting.describe(np.asarray(array)), "from": [name]}
-        for name, array in checkpoints.flatten(again).items()
-    }
-    return parity.certificate(
-        source=source,
-        target=model_dir,
-        layout=loaded.file.layout if loaded.file else "a checkpoint",
-        parameters=parameters,
-        batch=batch,
-        compared_with=before[1],
-        before=before[0],
-        after=parity.embed(trainer.model, again, batch),
-        tolerance=tolerance,
-    )
+    after = parity.embed(trainer.model, again, batch)
+    parameters = {}
+    for name, array in checkpoints.flatten(again).items():
+        values = _whole(array)
+        if jax.process_index() == 0:
+            parameters[name] = {**exporting.describe(values), "from": [name]}
+
+    def write() -> str:
+        found = parity.certificate(
+            source=source,
+            target=model_dir,
+            layout=loaded.file.layout if loaded.file else "a checkpoint",
+            parameters=parameters,
+            batch=batch,
+            compared_with=before[1],
+            before=before[0],
+            after=after,
+            tolerance=tolerance,
+        )
+        return json.dumps([parity.write(model_dir, found), found["passed"]])
+
+    line, passed = json.loads(agreement.same_for_all("import_certified", write))
+    return line, passed
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """A parameter of which this process may have a part only; called by all of them."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _embed_source(
     source: str, loaded: stage_handover.Loaded, model: models.ClipModel, batch: parity.Probe
 ) -> tuple[parity.Embeddings, str]:
-    """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them."""
-    peer = open_clip_peer.version() if open_clip_peer.is_folder(source) else None
-    if peer and not loaded.notes:  # What was resized is another model's.
-        return open_clip_peer.embed(source, batch), peer
+    """(embeddings of what is imported, whose they are): OpenCLIP's where it can make them.
+
+    It makes them on the first process, as `certificate` is made there; ours are made by all.
+    """
+
+    def peer() -> str:
+        is_its = open_clip_peer.is_folder(source) and not loaded.notes  # Resized, it is another's.
+        return (open_clip_peer.version() if is_its else None) or ""
+
+    version = agreement.same_for_all("import_compared_with", peer)
+    if version and jax.process_index() == 0:
+        return open_clip_peer.embed(source, batch), version
+    if version:
+        return parity.Embeddings(*(np.empty((0, 0), np.float32) for _ in range(2))), version
     return parity.embed(model, loaded.params, batch), "this package, before the checkpoint"
 
 

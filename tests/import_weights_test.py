@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 
 import clipa_files
@@ -123,6 +124,40 @@ def test_the_command_prints_what_it_did(weights, tmp_path, capsys):
     assert "error: import_weights needs --source" in captured.err
     assert f"{weights}: CLIPA's layout, " in captured.out
     assert (pathlib.Path(tmp_path) / "run" / "config.gin").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_certify_what_one_does(weights, workspace, tmp_path):
+    """Parameters lie in parts on both, by 'model' too; the first process writes, once."""
+    more = ["PjitPartitioner.num_partitions = 4"]
+    run(weights, tmp_path / "one", *more)
+    recipe = [f"--gin_file={experiments.GIN}/digits_stage1.gin", f"--source={weights}", "--verify"]
+    flags = [f"--gin_bindings={each}" for each in bindings(tmp_path / "two", *more)]
+    command = experiments.command("import_weights", *recipe, *flags)
+    experiments.run_processes(command, workspace, 2, num_devices=4)
+    one, two = (
+        json.loads((tmp_path / name / "parity.json").read_text()) for name in ("one", "two")
+    )
+    assert two["passed"] and two["compared_with"] == one["compared_with"]
+    assert two["parameters"] == one["parameters"] and len(two["parameters"]) > 40
+    for name in ("image_embeddings", "text_embeddings"):
+        assert two[name]["max_abs_difference"] == 0
+
+
+def test_embeddings_that_differ_fail_the_command(weights, tmp_path, monkeypatch):
+    original = import_weights.parity.embed
+    shifts = iter((0.0, 1e-3))
+
+    def embed(*args):
+        found = original(*args)
+        return import_weights.parity.Embeddings(found.images + next(shifts), found.texts)
+
+    monkeypatch.setattr(import_weights.parity, "embed", embed)
+    experiments.parse("digits_stage1", *bindings(tmp_path / "run"))
+    arguments = gin_utils.build_arguments(experiments.TRAIN)
+    with pytest.raises(UserError, match="is not what it comes from: .* beyond 1e-05"):
+        import_weights.import_weights(source=weights, verify=True, **arguments)
+    assert json.loads((tmp_path / "run" / "parity.json").read_text())["passed"] is False
 
 
 @pytest.mark.parametrize("partitions", [4])

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -44,18 +43,29 @@ def probe(rows: int, image_size: int, text_length: int, vocab_size: int, seed: i
 
 
 def embed(model: Any, params: Any, batch: Probe) -> Embeddings:
-    """Embeds by this package, in float32 and at full precision whatever the model computes in."""
+    """Embeds by this package, in float32 and at full precision whatever the model computes in.
+
+    Args:
+      model: a `models.ClipModel`.
+      params: its parameters, NumPy's or laid out over the devices of all processes, which then all
+        call this, with the same probe.
+      batch: what is embedded.
+    """
     exact = model.clone(
         image_tower=model.image_tower.clone(dtype="float32"),
         text_tower=model.text_tower.clone(dtype="float32"),
     )
 
-    @jax.jit
     def both(params: Any, images: jax.Array, ids: jax.Array) -> Any:
         return exact.apply({"params": params}, {"images": images, "text": ids}, method="embed")
 
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    whole = {}
+    if isinstance(sharding, jax.sharding.NamedSharding):  # Every process gets all of the result.
+        replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        whole["out_shardings"] = replicated
     with jax.default_matmul_precision("highest"):
-        images, texts = both(params, jnp.asarray(batch.images), jnp.asarray(batch.ids))
+        images, texts = jax.jit(both, **whole)(params, *batch)
     return Embeddings(np.asarray(images), np.asarray(texts))
 
 
