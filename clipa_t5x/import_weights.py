@@ -111,18 +111,10 @@ def import_weights(
     checkpointer.close()
     num_params = model_info.num_params(trainer.abstract_state.params)
     summary = _summary(source, model_dir, loaded, num_params, warnings)
-    again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
-    after = parity.embed(trainer.model, again, batch)
-
-    def certify() -> str:
-        found = _certificate(source, model_dir, loaded, trainer, batch, before, after, tolerance)
-        line = parity.write(model_dir, found)
-        if verify and not found["passed"]:
-            checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
-        return json.dumps([found["passed"], line])
-
-    passed, line = json.loads(agreement.same_for_all("parity", certify))
+    passed, line = _certify(source, model_dir, loaded, trainer, batch, before, tolerance)
     if verify and not passed:
+        if jax.process_index() == 0:
+            checkpoint_folders.remove(checkpoint_folders.folder_of(model_dir, 0))
         for warning in loaded.file.warnings if loaded.file else ():
             logging.warning("%s", warning)  # They may be why.
         raise UserError(
@@ -132,35 +124,44 @@ def import_weights(
     return f"{summary}\n{line}"
 
 
-def _certificate(
+def _certify(
     source: str,
     model_dir: str,
     loaded: stage_handover.Loaded,
     trainer: trainer_lib.Trainer,
     batch: parity.Probe,
     before: tuple[parity.Embeddings, str],
-    after: parity.Embeddings,
     tolerance: float,
-) -> dict[str, Any]:
-    """What `parity.json` holds: of the checkpoint, read again parameter by parameter."""
+) -> tuple[bool, str]:
+    """Reads the checkpoint again, compares, writes `parity.json`: (whether it passed, a line).
+
+    All processes embed together; the first one compares and writes.
+    """
     wanted = checkpoints.flatten(trainer.abstract_state.params)
-    made_of = _sources(source, wanted)
-    checkpoint = stage_handover.open_checkpoint(model_dir, 0)
-    parameters = {
-        name: {**exporting.describe(checkpoint.read(name)), "from": made_of[name]}
-        for name in wanted
-    }
-    return parity.certificate(
-        source=source,
-        target=model_dir,
-        layout=loaded.file.layout if loaded.file else "a checkpoint",
-        parameters=parameters,
-        batch=batch,
-        compared_with=before[1],
-        before=before[0],
-        after=after,
-        tolerance=tolerance,
-    )
+    again = stage_handover.load_params(model_dir, trainer.abstract_state.params).params
+    after = parity.embed(trainer.model, again, batch)
+
+    def write() -> str:
+        made_of = _sources(source, wanted)
+        checkpoint = stage_handover.open_checkpoint(model_dir, 0)
+        found = parity.certificate(
+            source=source,
+            target=model_dir,
+            layout=loaded.file.layout if loaded.file else "a checkpoint",
+            parameters={
+                name: {**exporting.describe(checkpoint.read(name)), "from": made_of[name]}
+                for name in wanted
+            },
+            batch=batch,
+            compared_with=before[1],
+            before=before[0],
+            after=after,
+            tolerance=tolerance,
+        )
+        return json.dumps([found["passed"], parity.write(model_dir, found)])
+
+    passed, line = json.loads(agreement.same_for_all("import_certified", write))
+    return passed, line
 
 
 def _sources(source: str, wanted: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from absl import logging
 from clipa_t5x.data import progress, shard_formats
 from clipa_t5x.data.bad_records import BadRecord
 from clipa_t5x.data.shard_reader import BlockCache, is_local
+from clipa_t5x.errors import UserError
 
 INDEX_VERSION = 2
 _SCANS = 32
@@ -198,7 +199,13 @@ def _scan_all(
                 np.zeros((0, shard_format.columns), np.int64), "is empty (0 bytes)"
             )
         else:
-            found = shard_format.scan(path)
+            try:
+                found = shard_format.scan(path)
+            except (tf.errors.OpError, OSError) as error:
+                raise UserError(
+                    f"shard {path} cannot be read ({error}): make it a file that can be, or "
+                    "remove it."
+                ) from error
         counter.count()
         return found
 

@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from clipa_t5x.errors import UserError
+from clipa_t5x.errors import UserError, storage_errors
 from clipa_t5x.weights.stored_arrays import refusal
 
 CONFIG_FILE = "open_clip_config.json"
@@ -88,13 +88,17 @@ def read(path: str) -> Mapping[str, Any]:
     """The configuration in a file.
 
     Raises:
-      UserError: it is no JSON object, or too large for one of these.
+      UserError: it is no JSON object, or too large for one of these, or cannot be read.
     """
     file = epath.Path(path)
-    if file.stat().length > _MAX_BYTES:
-        raise refusal(path, f"it has more than {_MAX_BYTES} bytes")
     try:
-        config = json.loads(file.read_bytes())
+        if file.stat().length > _MAX_BYTES:
+            raise refusal(path, f"it has more than {_MAX_BYTES} bytes")
+        text = file.read_bytes()
+    except storage_errors() as error:
+        raise refusal(path, error) from error
+    try:
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise refusal(path, f"it is no JSON ({type(error).__name__}: {error})") from error
     if not isinstance(config, dict):

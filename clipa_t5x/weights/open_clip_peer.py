@@ -17,7 +17,8 @@ from clipa_t5x.weights import array_sources, open_clip_options, parity
 
 def version() -> str | None:
     """'open_clip 3.3.0', or None where it is not there or does not start."""
-    if importlib.util.find_spec("open_clip") is None:
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:  # The latter is a mere folder of that name, as exports.
         return None
     try:
         import open_clip  # pyright: ignore[reportMissingImports]

@@ -2,7 +2,8 @@
 
 Its file `checkpoint`, msgpack, says which arrays there are; those that are partitioned lie beside
 it as zarr arrays. What that file says of places is not followed: an array is looked for in the
-folder itself, under its name with dots.
+folder itself, under its name with dots. Pieces are unpacked here rather than by TensorStore, which
+bounds neither what a header states nor what a compressed piece grows to.
 """
 
 import contextlib
@@ -10,11 +11,11 @@ import itertools
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tensorstore
 from etils import epath
 from flax import serialization
 
@@ -27,6 +28,13 @@ _MAX_INDEX_BYTES = 2**28
 # Of a piece of an array, unpacked. T5X's are of 64 MiB.
 _MAX_CHUNK_BYTES = 2**30
 _TARGET = "target"
+_HEADER, _MAX_HEADER_BYTES = ".zarray", 2**20
+# How pieces may be compressed, and the zlib library's number for it. T5X writes gzip.
+_COMPRESSORS = {None: None, "gzip": 31, "zlib": 15}
+# Deflate's code for the longest repetition, 258 bytes, takes two bits.
+_MOST_INFLATION = 1032
+# What the libraries raise of damaged files.
+_DAMAGES = (ValueError, KeyError, TypeError, RecursionError, SyntaxError, MemoryError, zlib.error)
 # What is in an array's place in the index.
 _SPEC = {"driver", "kvstore"}
 _PLACEHOLDER = "PLACEHOLDER"
@@ -47,7 +55,7 @@ def open_checkpoint(path: str) -> Iterator[StoredArrays]:
     """Opens a checkpoint's folder; of its optimizer nothing is looked at.
 
     Args:
-      path: of the folder, local or a URL that TensorStore reads.
+      path: of the folder, local or a URL that `etils.epath` reads.
 
     Yields:
       Arrays by name, such as 'img/head/kernel'.
@@ -109,57 +117,129 @@ def _array(path: str, name: str, leaf: Any) -> StoredArray:
 def _zarr_array(path: str, name: str) -> StoredArray:
     # The index may name anything; this folder's own arrays are all that is read.
     folder = epath.Path(path) / f"{_TARGET}.{name.replace('/', '.')}"
-    if os.sep in name.replace("/", ".") or not (folder / ".zarray").is_file():
+    if not (folder / _HEADER).is_file():
         raise refusal(path, f"its index names {name}, and there is no array {folder.name}")
-    shape, chunks, dtype = _header(folder)
-    kvstore: Any = {"driver": "file", "path": os.path.abspath(folder)}
-    if "://" in path:
-        kvstore = f"{os.fspath(folder)}/"
-
-    def read() -> np.ndarray:
-        try:
-            # A piece that is missing would be zeros.
-            spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-            opened = tensorstore.open(spec, open=True, read=True).result()
-            if tuple(opened.shape) != shape:
-                raise ValueError(f"shape {opened.shape}")
-            array = np.asarray(opened.read().result())
-        except (ValueError, *storage_errors()) as error:
-            raise refusal(os.fspath(folder), f"it is damaged or incomplete: {error}") from error
-        return array.astype(dtype, copy=False)
-
-    _check_chunks(folder, shape, chunks, dtype)
-    return StoredArray(shape, dtype, read)
-
-
-def _header(folder: epath.Path) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
-    """(shape, shape of a piece, dtype), as the array's own file says."""
-    try:
-        header = json.loads((folder / ".zarray").read_bytes())
-        shape, chunks = tuple(header["shape"]), tuple(header["chunks"])
-        if not all(type(n) is int and n >= 0 for n in (*shape, *chunks)) or 0 in chunks:
-            raise ValueError(f"shape {shape} in pieces of {chunks}")
-        stated = str(header["dtype"])
-        dtype = BFLOAT16 if stated == "bfloat16" else np.dtype(stated).newbyteorder("=")
-    except (ValueError, KeyError, TypeError, RecursionError, *storage_errors()) as error:
-        raise refusal(os.fspath(folder), f"its header is damaged ({error})") from error
+    with _refused(folder, "its header is damaged"):
+        header = _read_header(folder)
+    dtype = header.stored.newbyteorder("=")
     if dtype not in DTYPES:
-        raise refusal(os.fspath(folder), f"it is of dtype {stated!r}, which weights do not have")
-    return shape, chunks, dtype
-
-
-def _check_chunks(
-    folder: epath.Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype
-) -> None:
-    """Refuses an array whose pieces are not all there, or larger than memory is given for."""
-    if len(chunks) != len(shape) or math.prod(chunks) * dtype.itemsize > _MAX_CHUNK_BYTES:
-        raise refusal(os.fspath(folder), f"its pieces are of shape {chunks}")
-    there = {each.name for each in folder.iterdir()}
-    counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-    if math.prod(counts) > len(there):
         raise refusal(
-            os.fspath(folder), f"{math.prod(counts)} pieces are stated, {len(there)} files there"
+            os.fspath(folder), f"it is of dtype {header.stored.str!r}, which weights do not have"
         )
-    for index in itertools.product(*map(range, counts)):
-        if ".".join(map(str, index or (0,))) not in there:
-            raise refusal(os.fspath(folder), f"its piece {index} is missing")
+    _check_pieces(folder, header)
+    return StoredArray(header.shape, dtype, lambda: _read(folder, header).astype(dtype, copy=False))
+
+
+class _Header(NamedTuple):
+    """What an array's own file says.
+
+    Attributes:
+      shape: of the array.
+      chunks: of a piece; those at the edges are as large, and hold more than is there.
+      stored: dtype, in the order of bytes of the file.
+      order: of a piece's numbers, 'C' or 'F'.
+      wbits: of the zlib library, how pieces are compressed; None where they are not.
+    """
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    stored: np.dtype
+    order: Literal["C", "F"]
+    wbits: int | None
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of a piece, unpacked."""
+        return math.prod(self.chunks) * self.stored.itemsize
+
+    def pieces(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name of the file, place among the pieces) of each."""
+        counts = [-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]
+        for place in itertools.product(*map(range, counts)):
+            yield ".".join(map(str, place or (0,))), place
+
+
+@contextlib.contextmanager
+def _refused(folder: epath.Path, what: str) -> Iterator[None]:
+    """Tells of damage in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (*_DAMAGES, *storage_errors()) as error:
+        raise refusal(os.fspath(folder), f"{what} ({type(error).__name__}: {error})") from error
+
+
+def _read_header(folder: epath.Path) -> _Header:
+    file = folder / _HEADER
+    if file.stat().length > _MAX_HEADER_BYTES:
+        raise ValueError(f"it has more than {_MAX_HEADER_BYTES} bytes")
+    header = json.loads(file.read_bytes())
+    shape, chunks = tuple(header["shape"]), tuple(header["chunks"])
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *chunks)) or 0 in chunks:
+        raise ValueError(f"shape {shape} in pieces of {chunks}")
+    stated, packer = header["dtype"], header.get("compressor")
+    if not isinstance(stated, str):
+        raise ValueError(f"dtype {stated!r}")
+    compressor = packer["id"] if packer else None
+    order, separator = header.get("order", "C"), header.get("dimension_separator", ".")
+    for what, value, values in (
+        ("compressor", compressor, _COMPRESSORS), ("order", order, ("C", "F")),
+        ("dimension_separator", separator, (".",)), ("filters", header.get("filters"), (None, [])),
+    ):  # fmt: skip
+        if value not in values:
+            raise ValueError(f"{what} is {value!r}, which T5X does not write")
+    dtype = BFLOAT16 if stated == "bfloat16" else np.dtype(stated)
+    return _Header(shape, chunks, dtype, order, _COMPRESSORS[compressor])
+
+
+def _check_pieces(folder: epath.Path, header: _Header) -> None:
+    """Refuses an array whose pieces are not all there, or cannot hold what it states."""
+    where = os.fspath(folder)
+    if len(header.chunks) != len(header.shape) or header.piece_bytes > _MAX_CHUNK_BYTES:
+        raise refusal(where, f"its pieces are of shape {header.chunks}")
+    there = {each.name for each in folder.iterdir()}
+    counts = [-(-size // chunk) for size, chunk in zip(header.shape, header.chunks, strict=True)]
+    if math.prod(counts) > len(there):
+        raise refusal(where, f"{math.prod(counts)} pieces are stated, {len(there)} files there")
+    most = 1 if header.wbits is None else _MOST_INFLATION
+    for name, place in header.pieces():
+        if name not in there:
+            raise refusal(where, f"its piece {place} is missing")
+        if (size := (folder / name).stat().length) * most < header.piece_bytes:
+            raise refusal(
+                where,
+                f"its piece {place} should be of {header.piece_bytes} bytes, which cannot come "
+                f"from the {size} that are there: it is damaged",
+            )
+
+
+def _read(folder: epath.Path, header: _Header) -> np.ndarray:
+    array = np.empty(header.shape, header.stored)
+    for name, place in header.pieces():
+        with _refused(folder, f"its piece {place} is damaged"):
+            content = _unpacked((folder / name).read_bytes(), header)
+        piece = content.view(header.stored).reshape(header.chunks, order=header.order)
+        start = (
+            slice(i * size, (i + 1) * size) for i, size in zip(place, header.chunks, strict=True)
+        )
+        part = array[(*start, ...)]
+        part[...] = piece[tuple(map(slice, part.shape))]
+    return array
+
+
+def _unpacked(data: bytes, header: _Header) -> np.ndarray:
+    """The bytes of a piece, uint8 [piece_bytes]; of a bomb no more than these are unpacked.
+
+    Raises:
+      ValueError: there are more or fewer.
+      zlib.error: they are damaged, by their checksum, too.
+    """
+    if header.wbits is not None:
+        unpacker = zlib.decompressobj(header.wbits)
+        data = unpacker.decompress(data, header.piece_bytes + 1)
+        if not unpacker.eof or unpacker.unused_data:
+            raise ValueError("it ends early, or not where it should")
+    if len(data) != header.piece_bytes:
+        raise ValueError(f"{len(data)} bytes instead of {header.piece_bytes}")
+    return np.frombuffer(data, np.uint8)

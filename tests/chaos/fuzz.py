@@ -22,6 +22,7 @@ BAD = OUTCOMES[2:]
 KINDS = (
     *("gin", "npz", "safetensors", "pickle", "tfrecord", "tar", "array_record", "csv", "parquet"),
     *("image", "vocabulary", "word_classes", "class_names", "manifest", "record_index", "run_json"),
+    *("foreign", "subtree", "open_clip_folder", "t5x", "clip_benchmark"),
 )
 WORKER = ("-m", "chaos.fuzz_worker")
 _TESTS = pathlib.Path(__file__).resolve().parents[1]

@@ -12,23 +12,18 @@ import random
 import struct
 import tarfile
 import tempfile
-import zipfile
 
 import numpy as np
-import run_files
 import sample_sets
 import tiny_records
 from chaos import fuzz_mutations as mutations
-from numpy.lib import format as npy_format
+from chaos import fuzz_runs, fuzz_weights
 from PIL import Image
-from safetensors import numpy as safetensors_numpy
-from weights import malicious
 
 from clipa_t5x.data import formats, record_index, record_writer, tfrecords, word_classes
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / "gin"
 _COUNT = 5
-CANARY = "canary"
 INDEXED_AT_NS = 10**18
 
 
@@ -221,89 +216,6 @@ def _image(rng):
     return {"image": _spoilt_image(rng)}
 
 
-def _archive(members, method=zipfile.ZIP_STORED):
-    """A zip file whose bytes depend on nothing else."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in members:
-            archive.writestr(zipfile.ZipInfo(name), data, method)
-    return buffer.getvalue()
-
-
-@functools.cache
-def _arrays():
-    rng = np.random.default_rng(0)
-    return {
-        "image_tower/head/kernel": rng.normal(size=(8, 4)).astype(np.float32),
-        "logit_scale": np.asarray(rng.normal(), np.float32),
-        "text_tower/embedding": rng.normal(size=(16, 4)).astype(np.float16),
-    }
-
-
-def _npy(array):
-    buffer = io.BytesIO()
-    npy_format.write_array(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _npy_members():
-    return [(f"{name}.npy", _npy(array)) for name, array in _arrays().items()]
-
-
-def _npz(rng):
-    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    members = _npy_members()
-    way = rng.randrange(4)
-    if way == 0:
-        return {"weights.npz": mutations.spoil(rng, _archive(members, method))}
-    place = rng.randrange(len(members))
-    name, data = members[place]
-    if way == 1:  # behind right checksums of the archive
-        data = mutations.spoil(rng, data)
-    elif way == 2:
-        header = mutations.spoil(rng, data[10:128])
-        data = data[:8] + struct.pack("<H", len(header) & 0xFFFF) + header + data[128:]
-    else:
-        data = data[:10] + mutations.set_digits(rng, data[10:128]) + data[128:]
-    members[place] = (rng.choice((name, name, name, "../../canary", "")), data)
-    return {"weights.npz": _archive(members, method)}
-
-
-def _safetensors_bytes():
-    return safetensors_numpy.save(_arrays())
-
-
-def _safetensors(rng):
-    data = _safetensors_bytes()
-    if rng.random() < 0.4:
-        return {"weights.safetensors": mutations.spoil(rng, data)}
-    length = int.from_bytes(data[:8], "little")
-    header = mutations.spoil_json(rng, json.loads(data[8 : 8 + length]))
-    if rng.random() < 0.3:
-        header = mutations.spoil(rng, header)
-    stated = (
-        mutations.number_field(rng, 8) if rng.random() < 0.1 else struct.pack("<Q", len(header))
-    )
-    return {"weights.safetensors": stated + header + data[8 + length :]}
-
-
-def _pickles():
-    """Files that touch the canary, relative to where the reader works, when they are unpickled."""
-    return [
-        malicious.torch_zip(CANARY),
-        malicious.object_npz(CANARY),
-        *(malicious.pickled(CANARY, protocol) for protocol in range(6)),
-    ]
-
-
-def _pickle(rng):
-    data = rng.choice(_pickles())
-    if rng.random() < 0.7:
-        data = mutations.spoil(rng, data, _pickles())
-    suffix = rng.choice(("npz", "safetensors", "pt", "bin", "pth"))
-    return {f"weights.{suffix}": data}
-
-
 @functools.cache
 def _recipes():
     """Every gin file by its path below gin/."""
@@ -412,40 +324,8 @@ def _record_index(rng):
     return {**_samples(kind), "index.json": description, "index.npy": rows}
 
 
-def _run_files():
-    with tempfile.TemporaryDirectory() as folder:
-        root = pathlib.Path(folder)
-        metrics = "".join(run_files.line(step, loss=1.0 / step) for step in range(1, 4))
-        info = {"completed": True, "name": "stage1", "stage": {"pixels": 84, "text": 8}}
-        run_files.write(root, metrics, **info)
-        item = {
-            "caption": "a",
-            "results": [{"image": "iVBORw0KGgo=", "score": 0.5, "caption": "b"}],
-        }
-        (root / "gallery.json").write_text(json.dumps({"items": [item]}))
-        return {p.name: p.read_bytes() for p in sorted(root.iterdir())}
-
-
-def _run_json(rng):
-    files = _run_files()
-    name = rng.choice(list(files))
-    if name == "metrics.jsonl":
-        lines = files[name].decode().splitlines()
-        place = rng.randrange(len(lines))
-        lines[place] = mutations.spoil_json(rng, json.loads(lines[place])).decode()
-        data = "\n".join(lines).encode() + b"\n"
-    else:
-        data = mutations.spoil_json(rng, json.loads(files[name]))
-    if rng.random() < 0.3:
-        data = mutations.spoil(rng, data)
-    return {**files, name: data}
-
-
 VALID = {
     "gin": lambda: {"recipe": b"shapes_stage1.gin"},
-    "npz": lambda: {"weights.npz": _archive(_npy_members())},
-    "safetensors": lambda: {"weights.safetensors": _safetensors_bytes()},
-    "pickle": lambda: {"weights.npz": _archive(_npy_members())},
     "tfrecord": lambda: _samples("tfrecord"),
     "tar": lambda: _samples("tar"),
     "array_record": lambda: _samples("array_record"),
@@ -462,13 +342,11 @@ VALID = {
     "record_index": lambda: {
         **_samples("tar"), "index.json": _index_files("tar")[0], "index.npy": _index_files("tar")[1]
     },
-    "run_json": _run_files,
+    **fuzz_weights.VALID,
+    **fuzz_runs.VALID,
 }  # fmt: skip
 _MAKERS = {
     "gin": _gin,
-    "npz": _npz,
-    "safetensors": _safetensors,
-    "pickle": _pickle,
     "tfrecord": _tfrecord,
     "tar": _tar_of_spoilt_files,
     "array_record": _raw("array_record"),
@@ -482,7 +360,8 @@ _MAKERS = {
     "class_names": _class_names,
     "manifest": _json_file("manifest.json", lambda: _manifest()[1], lambda: _manifest()[0]),
     "record_index": _record_index,
-    "run_json": _run_json,
+    **fuzz_weights.MAKERS,
+    **fuzz_runs.MAKERS,
 }
 KINDS = tuple(_MAKERS)
 

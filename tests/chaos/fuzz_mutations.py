@@ -187,7 +187,7 @@ def _exchange_word(rng, line, other):
     return line.replace(rng.choice(words), rng.choice((*others, str(rng.choice(NUMBERS)))), 1)
 
 
-_VALUES = (
+VALUES = (
     *NUMBERS,
     *(None, True, False, 0.5, float("nan"), float("inf"), [], {}, [[]], [None], {"a": 1}, [1, "a"]),
     *("", "a", "../../canary", "\x1b[2J", "/dev/zero", "a" * 3000, "\ud800", {"": None}),
@@ -207,32 +207,32 @@ def _copy(value):
 
 
 def _spoil_member(rng, value):
-    places = list(_places(value))
-    if not places or rng.random() < 0.02:
-        return _copy(rng.choice(_VALUES))
-    parent, key = rng.choice(places)
+    found = list(places(value))
+    if not found or rng.random() < 0.02:
+        return _copy(rng.choice(VALUES))
+    parent, key = rng.choice(found)
     way = rng.randrange(8)
     if way == 0:
         del parent[key]
     elif way == 1:
-        other, there = rng.choice(places)
+        other, there = rng.choice(found)
         parent[key] = _copy(other[there])
     elif way == 2 and isinstance(parent, dict):
         parent[rng.choice(("a", "", key + "x", "../x"))] = parent.pop(key)
     elif way == 3 and isinstance(parent, list):
         parent.append(_copy(parent[key]))
     else:
-        parent[key] = _copy(rng.choice(_VALUES))
+        parent[key] = _copy(rng.choice(VALUES))
     return value
 
 
-def _places(value):
+def places(value):
     """(container, key) of every value within another."""
     if not isinstance(value, dict | list):
         return
     for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
-        yield from _places(inner)
+        yield from places(inner)
 
 
 def number_field(rng, size, order="little"):
@@ -249,3 +249,26 @@ def with_checksums_of_png(data):
         result += data[at : at + 4] + chunk + struct.pack(">I", zlib.crc32(chunk))
         at += 12 + length
     return bytes(result) + data[at:]
+
+
+def spoil_folder(rng, files, keep):
+    """A file is missing, empty, a folder, another's content, or has another's name.
+
+    Args:
+      rng: the generator.
+      files: by path.
+      keep: the path that stays as it is.
+    """
+    files = dict(files)
+    path, other = (rng.choice([path for path in files if path != keep]) for _ in range(2))
+    data = files.pop(path)
+    way = rng.randrange(5)
+    if way == 1:
+        files[path] = b""
+    elif way == 2:
+        files[f"{path}/inside"] = data
+    elif way == 3:
+        files[path] = files.get(other, b"")
+    elif way == 4:
+        files[rng.choice((f"{path}.tmp", f"{path}x", other))] = data
+    return files

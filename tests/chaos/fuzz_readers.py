@@ -5,17 +5,32 @@ report would. It returns what was bad among it, in words, or '': records that ar
 out are no errors.
 """
 
+import functools
 import os
 import pathlib
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
-from chaos import fuzz_inputs
+import tiny_records
+from chaos import fuzz_inputs, fuzz_weights
 
-from clipa_t5x import gin_utils, run_history, train
+from clipa_t5x import (
+    checkpoints,
+    gin_utils,
+    models,
+    partitioning,
+    report,
+    run_history,
+    stage_handover,
+    train,
+)
 from clipa_t5x.data import (
     formats,
     image_files,
+    input_pipeline,
     picture_grid,
     preprocessors,
     prompts,
@@ -26,6 +41,7 @@ from clipa_t5x.data import (
     vocabularies,
 )
 from clipa_t5x.data.bad_records import BadRecord
+from clipa_t5x.evaluators import clip_benchmark, evaluator
 from clipa_t5x.weights import array_files
 
 _ROOT = f"{train.__name__}.train"
@@ -52,6 +68,42 @@ def _weights(folder):
         for array in arrays.values():
             found = array.read()
             assert (found.shape, found.dtype) == (array.shape, array.dtype)
+    return ""
+
+
+@functools.cache
+def _abstract_params():
+    """The parameters that weights of other trainers are made into, on one device."""
+    batch = {
+        "images": np.zeros((1, fuzz_weights.PIXELS, fuzz_weights.PIXELS, 3), np.uint8),
+        "text": np.zeros((1, fuzz_weights.LENGTH), np.int32),
+    }
+    model = fuzz_weights.model()
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0), batch))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding()), nn.unbox(shapes)
+    )
+
+
+@functools.cache
+def _sharding():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), partitioning.MESH_AXES)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+_RESIZED = checkpoints.RestoreCheckpointConfig().resized
+
+
+def _foreign(folder):
+    source = (folder / "source").read_bytes().decode("utf-8", "surrogatepass")
+    wanted = _abstract_params()
+    loaded = stage_handover.load_params(
+        f"{folder}/{source}", wanted, _RESIZED, fuzz_weights.model()
+    )
+    for found, stated in zip(*map(jax.tree.leaves, (loaded.params, wanted)), strict=True):
+        assert (found.shape, found.dtype) == (stated.shape, stated.dtype)
+        assert np.isfinite(found).all()
+    assert all(warning.isprintable() for warning in loaded.file.warnings)
     return ""
 
 
@@ -159,7 +211,34 @@ def _record_index(folder):
 
 def _run_json(folder):
     history = run_history.load(folder)
+    page = report.render(history)
+    assert "<script" not in page.lower() and page.endswith("</html>\n"), page[-200:]
     return ", ".join(problem for stage in history.stages for problem in stage.problems)
+
+
+def _embed(params, inputs):
+    """Unit vectors [batch, 4] of whatever images or ids there are."""
+    x = jnp.sin(jnp.sum(inputs.reshape(len(inputs), -1), axis=1, dtype=jnp.float32))
+    x = jnp.stack([jnp.sin(x * k) for k in (1, 2, 3, 4)], axis=1)
+    return x / jnp.linalg.norm(x + 1e-3, axis=1, keepdims=True)
+
+
+@functools.cache
+def _embed_functions():
+    embed = jax.jit(_embed, out_shardings=_sharding())
+    return evaluator.EmbedFunctions(embed, embed, input_pipeline.BatchLayout(_sharding()))
+
+
+def _clip_benchmark(folder):
+    vocabulary = tiny_records.vocabulary(folder)
+    item = clip_benchmark.ClipBenchmark(
+        str(folder), vocabulary, tiny_records.LENGTHS, 4, image_preprocessor=preprocessors.squash
+    )
+    item.check()
+    values = item.evaluate({}, _embed_functions(), None)
+    for name, value in values.items():
+        assert name.startswith("num_") or 0 <= value <= 1, values
+    return ""
 
 
 READERS = {
@@ -172,6 +251,8 @@ READERS = {
     "class_names": _class_names,
     "record_index": _record_index,
     "run_json": _run_json,
+    **dict.fromkeys(fuzz_weights.FOREIGN, _foreign),
+    "clip_benchmark": _clip_benchmark,
 }
 
 

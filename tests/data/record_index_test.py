@@ -10,6 +10,7 @@ from absl import logging
 
 from clipa_t5x.data import record_index, tfrecords
 from clipa_t5x.data.bad_records import BadRecord
+from clipa_t5x.errors import UserError
 
 SIZES = (0, 1, 7, 1000, 70_000, 3)
 
@@ -216,6 +217,12 @@ def test_damaged_records_come_as_errors(shards, tmp_path):
     last = index.read(np.asarray([len(index) - 1, len(index) - 2]))
     assert last[0] == {"data": [raw[-7:-4]]}
     assert isinstance(last[1], BadRecord) and last[1].reason == "wrong checksum"
+
+
+def test_a_folder_in_a_shard_s_place_is_refused(tmp_path):
+    (tmp_path / "0.tar").mkdir()
+    with pytest.raises(UserError, match="0.tar cannot be read .*remove it"):
+        load([str(tmp_path / "0.tar")], tmp_path / "index")
 
 
 def test_a_shard_cut_off_under_a_running_program_is_noticed(shards, tmp_path):

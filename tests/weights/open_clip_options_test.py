@@ -177,6 +177,10 @@ def test_a_huge_file_is_not_read(tmp_path):
     refused(lambda: open_clip_options.read(str(path)), "1048576")
 
 
+def test_a_folder_of_that_name_is_refused(tmp_path):
+    refused(lambda: open_clip_options.read(str(tmp_path)), "cannot be read", "directory")
+
+
 def test_the_configuration_of_a_folder_or_beside_a_file(tmp_path):
     assert open_clip_options.config_beside(str(tmp_path)) is None
     path = tmp_path / open_clip_options.CONFIG_FILE

@@ -1,9 +1,12 @@
+import gzip
 import json
+import tracemalloc
 
 import clipa_files
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from flax import serialization
 
 from clipa_t5x.errors import UserError
@@ -120,7 +123,12 @@ def test_a_damaged_piece_is_told_of(folder):
         {"dtype": "|O"},
         {"dtype": "<M8[ns]"},
         {"dtype": [["a", "<f4"]]},
-        {"compressor": {"id": "nothing"}},
+        {"compressor": {"id": "blosc"}},
+        {"compressor": "gzip"},
+        {"filters": [{"id": "delta"}]},
+        {"dimension_separator": "/"},
+        {"order": "A"},
+        {"dtype": "(,)f4"},
         {"shape": [11, 10], "chunks": [11, 10]},
     ],
 )
@@ -149,3 +157,35 @@ def test_headers_that_cannot_be_are_refused(folder, change):
 def test_indices_that_cannot_be_are_refused(folder, content):
     (folder / "checkpoint").write_bytes(content)
     refused(folder)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", ">f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("compressor", [None, {"id": "zlib", "level": 1}, {"id": "gzip"}])
+def test_pieces_are_put_together_as_tensorstore_wrote_them(tmp_path, dtype, order, compressor):
+    folder = tmp_path / "target.w"
+    wanted = np.arange(210).reshape(5, 6, 7).astype(dtype)
+    metadata = {"shape": [5, 6, 7], "chunks": [2, 6, 4], "dtype": dtype, "order": order,
+                "compressor": compressor}  # fmt: skip
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
+    spec["metadata"] = metadata
+    tensorstore.open(spec, create=True).result().write(wanted).result()
+    index = {"optimizer": {"target": {"w": "PLACEHOLDER://w"}}}
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(index))
+    stated, values = read(tmp_path)["w"]
+    np.testing.assert_array_equal(values, wanted)
+    assert stated.dtype == values.dtype == wanted.dtype.newbyteorder("=")
+
+
+def test_memory_is_given_for_what_is_there_and_not_for_what_is_stated(folder):
+    target = folder / "target.img.head.kernel"
+    header = json.loads((target / ".zarray").read_text())
+    (target / "0.0").write_bytes(gzip.compress(bytes(2**26)))  # 64 MiB in the place of 256 bytes
+    tracemalloc.start()
+    refused(folder, "target.img.head.kernel", "piece (0, 0) is damaged")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    wide = {**header, "shape": [2**13, 2**14], "chunks": [2**13, 2**14]}
+    (target / ".zarray").write_text(json.dumps(wide))
+    (target / "0.0").write_bytes(gzip.compress(bytes(2**20)))
+    refused(folder, "target.img.head.kernel", "which cannot come from the")
