@@ -21,18 +21,23 @@ def pickled(canary, protocol=2):
     return pickle.dumps({"weights": _Creates(canary)}, protocol)
 
 
-def torch_zip(canary):
-    """What torch.save writes: a zip archive of a pickle and of raw data."""
+def _archive(members):
+    """A zip file whose bytes say nothing of when it was made."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled(canary))
-        archive.writestr("archive/data/0", bytes(64))
-        archive.writestr("archive/version", "3\n")
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
     return buffer.getvalue()
+
+
+def torch_zip(canary):
+    """What torch.save writes: a zip archive of a pickle and of raw data."""
+    raw = {"archive/data/0": bytes(64), "archive/version": "3\n"}
+    return _archive({"archive/data.pkl": pickled(canary), **raw})
 
 
 def object_npz(canary):
     """An archive of an array of objects."""
     buffer = io.BytesIO()
-    np.savez(buffer, weights=np.array([_Creates(canary)], object))
-    return buffer.getvalue()
+    np.save(buffer, np.array([_Creates(canary)], object), allow_pickle=True)
+    return _archive({"weights.npy": buffer.getvalue()})
