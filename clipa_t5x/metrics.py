@@ -160,11 +160,26 @@ class StepClock:
 
 
 class StepTimer:
-    """Throughput, data-wait share and time left, between two log lines."""
+    """Throughput, MFU, data-wait share and time left, between two log lines."""
 
-    def __init__(self, first_step: int, total_steps: int, batch_size: int):
-        """Starts at `first_step` updates of `total_steps`."""
+    def __init__(
+        self,
+        first_step: int,
+        total_steps: int,
+        batch_size: int,
+        peak_seconds: float | None = None,
+    ):
+        """Starts at `first_step` updates of `total_steps`.
+
+        Args:
+          first_step: updates done.
+          total_steps: of the run.
+          batch_size: samples of a step.
+          peak_seconds: seconds that training on one sample would take at the devices' peak; None
+            where that is not known, and then no MFU is told.
+        """
         self._total_steps, self._batch_size = total_steps, batch_size
+        self._peak_seconds = peak_seconds
         self._step, self._start, self._stalled = first_step, time.perf_counter(), 0.0
         self._paused = 0.0
 
@@ -190,6 +205,8 @@ class StepTimer:
             "data/needed_per_core": samples_per_second / max(1 - wait_share, 1e-3) / cores,
             "seconds_left": (self._total_steps - step) / max(steps_per_second, 1e-9),
         }
+        if self._peak_seconds is not None:
+            rates["mfu"] = samples_per_second * self._peak_seconds
         self._step, self._start, self._stalled, self._paused = step, now, stalled_seconds, 0.0
         return rates
 
@@ -197,12 +214,17 @@ class StepTimer:
 def log_progress(name: str, step: int, total_steps: int, values: Mapping[str, float]) -> None:
     """One console line: where the run is, how well, how fast, and how long it will take."""
     logging.info(
-        "%s step %d/%d (%d%%) | loss %.4f | accuracy %.3f | scale %.1f | lr %.2e | %.0f images/s | "
-        "data-wait %.0f%%%s | ETA %s",
+        "%s step %d/%d (%d%%) | loss %.4f | accuracy %.3f | scale %.1f | lr %.2e | %.0f images/s%s "
+        "| data-wait %.0f%%%s | ETA %s",
         name, step, total_steps, 100 * step // total_steps, values["loss"], values["accuracy"],
         values["logit_scale"], values["learning_rate"], values["samples_per_second"],
-        100 * values["data_wait_share"], _supply(values), format_seconds(values["seconds_left"]),
+        _mfu(values), 100 * values["data_wait_share"], _supply(values),
+        format_seconds(values["seconds_left"]),
     )  # fmt: skip
+
+
+def _mfu(values: Mapping[str, float]) -> str:
+    return f" | MFU {values['mfu']:.1%}" if "mfu" in values else ""
 
 
 def _supply(values: Mapping[str, float]) -> str:

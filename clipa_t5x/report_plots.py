@@ -133,6 +133,7 @@ def _plots(view: _View) -> list[_Plot]:
         _Plot("accuracy", "Zero-shot top-1", top1, percent=True, from_zero=True),
         *_recalls(view),
         _Plot("speed", "Images per second", train("samples_per_second"), from_zero=True),
+        _Plot("mfu", "MFU", train("mfu"), percent=True, from_zero=True),
         _Plot("wait", "Waiting for data", train("data_wait_share"), percent=True, from_zero=True),
         _Plot("rate", "Learning rate", train("learning_rate"), from_zero=True, small=True),
         _Plot("scale", "Logit scale", train("logit_scale"), small=True),
@@ -172,7 +173,7 @@ def _recalls(view: _View) -> Iterator[_Plot]:
 def _others(view: _View) -> list[_Plot]:
     """Panels for what a run logged beyond what is known of."""
     known = ("loss", "accuracy", "samples_per_second", "data_wait_share", "learning_rate")
-    known += ("logit_scale", "grad_norm")
+    known += ("logit_scale", "grad_norm", "mfu")
     inference = run_history.INFERENCE_EVAL
     found = [
         (value, view.series("train", run_history.TRAIN_GROUP, value))

@@ -33,6 +33,7 @@ class Kind:
       accelerator_type: what libtpu calls one host of them.
       chip_config: how libtpu sees the cores of a chip: 'megacore' for one device of two.
       devices_per_chip: how many devices a program sees on one chip, each with its own memory.
+      device_kinds: what jax calls its devices; of GPUs how the name begins.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Kind:
     accelerator_type: str = ""
     chip_config: str = "default"
     devices_per_chip: int = 1
+    device_kinds: tuple[str, ...] = ()
 
     @property
     def clock(self) -> float | None:
@@ -55,17 +57,32 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("v4", 30.75 * GIB, 275e12, 8 * 128**2, 3, "v4-8", "megacore"),
-        Kind("v5e", 15.75 * GIB, 197e12, 4 * 128**2, 2, "v5litepod-4"),
-        Kind("v5p", 95.74 * GIB, 459e12, 8 * 128**2, 3, "v5p-8", "megacore"),
-        Kind("v6e", 31.25 * GIB, 918e12, 4 * 256**2, 2, "v6e-4"),
-        Kind("tpu7x", 94.75 * GIB, 2307e12, 0, 3, "tpu7x-8", devices_per_chip=2),
-        Kind("gpu-a100", 79.25 * GIB, 312e12),
-        Kind("gpu-h100", 79.65 * GIB, 989e12),
-        Kind("gpu-h200", 140.4 * GIB, 989e12),
+        Kind(
+            "v4", 30.75 * GIB, 275e12, 8 * 128**2, 3, "v4-8", "megacore",
+            device_kinds=("TPU v4",),
+        ),
+        Kind(
+            "v5e", 15.75 * GIB, 197e12, 4 * 128**2, 2, "v5litepod-4",
+            device_kinds=("TPU v5 lite", "TPU v5e"),
+        ),
+        Kind(
+            "v5p", 95.74 * GIB, 459e12, 8 * 128**2, 3, "v5p-8", "megacore",
+            device_kinds=("TPU v5", "TPU v5p"),
+        ),
+        Kind(
+            "v6e", 31.25 * GIB, 918e12, 4 * 256**2, 2, "v6e-4",
+            device_kinds=("TPU v6 lite", "TPU v6e"),
+        ),
+        Kind(
+            "tpu7x", 94.75 * GIB, 2307e12, 0, 3, "tpu7x-8", devices_per_chip=2,
+            device_kinds=("TPU7x", "TPU v7x"),
+        ),
+        Kind("gpu-a100", 79.25 * GIB, 312e12, device_kinds=("NVIDIA A100",)),
+        Kind("gpu-h100", 79.65 * GIB, 989e12, device_kinds=("NVIDIA H100 80GB HBM3",)),
+        Kind("gpu-h200", 140.4 * GIB, 989e12, device_kinds=("NVIDIA H200",)),
         Kind("cpu", None, None),
     )
-}
+}  # fmt: skip
 
 # Slices as they can be rented, by the dimensions of their network.
 _SHAPES = {
@@ -139,6 +156,15 @@ def parse(text: str) -> Topology:
             return topology
     sizes = ", ".join(t.name for t in _tpu_slices(kind))
     raise UserError(f"--topology is {text!r}, and there is no {name} of {count} chips: {sizes}.")
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """bfloat16 operations per second of one device, by what jax calls it; None where not stated."""
+    for kind in KINDS.values():
+        is_gpu = not kind.torus_dims and device_kind.startswith(kind.device_kinds)
+        if kind.peak_flops and (device_kind in kind.device_kinds or is_gpu):
+            return kind.peak_flops / kind.devices_per_chip
+    return None
 
 
 def known_names() -> str:

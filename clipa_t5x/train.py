@@ -19,6 +19,7 @@ from clipa_t5x import (
     evaluation,
     folders,
     metrics,
+    mfu,
     model_info,
     models,
     optimizers,
@@ -55,6 +56,7 @@ def train(
     summarize_config_fn: Callable[..., None],
     watchdog_cfg: watchdog.Watchdog,
     trainer_cls: Callable[..., trainer_lib.Trainer] = trainer_lib.Trainer,
+    peak_flops: float | str | None = None,
 ) -> train_state.TrainState:
     """Trains until `total_steps` updates are done, from the newest checkpoint in `model_dir`.
 
@@ -75,6 +77,7 @@ def train(
         made these arguments into `model_dir`.
       watchdog_cfg: what becomes of a run in which nothing gets done.
       trainer_cls: makes the trainer from model, optimizer, partitioner, batch spec and mesh.
+      peak_flops: of a device, for the MFU; see `mfu.peak_flops`.
 
     Returns:
       The final state.
@@ -85,14 +88,13 @@ def train(
     """
     periods = train_loop.Periods(total_steps, eval_period, stats_period)
     check_arguments(model_dir, checkpoint_cfg.save, random_seed)
-    spec = train_dataset_cfg.batch_spec()
-    trainer = trainer_cls(
-        model=model, optimizer=optimizer, partitioner=partitioner, batch_spec=spec
-    )  # fmt: skip
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "partitioner": partitioner}
+    trainer = trainer_cls(**parts, batch_spec=train_dataset_cfg.batch_spec())
     check_data(model, partitioner, train_dataset_cfg, train_eval_dataset_cfg, evaluators)
     info = stage_info.StageInfo.collect(
         model, trainer.abstract_state.params, train_dataset_cfg, checkpoint_cfg, total_steps
     )
+    peak = mfu.peak_flops(peak_flops, getattr(model.image_tower, "dtype", "float32"))
     with supervision.supervised(model_dir, watchdog_cfg) as supervisor:
         checkpointer = checkpoints.Checkpointer(model_dir, checkpoint_cfg.save)
         start_over = functools.partial(
@@ -115,7 +117,7 @@ def train(
             layout=layout,
             checkpointer=checkpointer,
             evaluate=evaluate,
-            progress=train_loop.Progress(writer, info, supervisor, trainer.bad_numbers),
+            progress=train_loop.Progress(writer, info, supervisor, trainer.bad_numbers, peak),
             supervisor=supervisor,
             start_over=start_over,
             periods=periods,

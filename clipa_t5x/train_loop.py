@@ -144,9 +144,12 @@ class Progress:
         info: stage_info.StageInfo,
         supervisor: supervision.Supervisor,
         policy: bad_numbers.Policy | None = None,
+        peak_flops: float | None = None,
     ):
-        """Writes to `writer`; `policy` is the one that the steps are made with."""
+        """Writes to `writer`; of `policy` are the steps made; `peak_flops` is of all devices."""
         self._writer, self._info = writer, info
+        per_sample = info.train_flops_per_example
+        self._peak_seconds = per_sample / peak_flops if per_sample and peak_flops else None
         self._supervisor, self._policy = supervisor, policy
         self.clock = metrics.StepClock(supervisor.watchdog.completed)
         self._begin(0, 0)
@@ -159,7 +162,9 @@ class Progress:
     def _begin(self, step: int, rewinds: int) -> None:
         self._pending: list[trainer_lib.Metrics] = []
         self._logged_step, self._rewinds = step, rewinds
-        self.timer = metrics.StepTimer(step, self._info.total_steps, self._info.batch_size)
+        self.timer = metrics.StepTimer(
+            step, self._info.total_steps, self._info.batch_size, self._peak_seconds
+        )
 
     def add(self, step_metrics: trainer_lib.Metrics) -> None:
         """Keeps a step's metrics, on the device, until the next `log`."""

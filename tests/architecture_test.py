@@ -16,7 +16,7 @@ LAYERS = [
     | {"processes", "wall_time", "evaluation_records", "folders"}
     | {"preemption", "peers", "watchdog"}
     | {"scaling_fit"}
-    | {"topologies", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
+    | {"topologies", "mfu", "hlo_text", "hlo_traffic", "hlo_analysis", "flop_count"},
     {"models", "optimizers", "data", "weights", "train_state", "flops"} | {"bad_numbers"},
     {"trainer", "microbatching", "checkpoints", "evaluators", "model_info", "stage_info"}
     | {"train_loop", "evaluation", "evaluation_watch", "supervision"}

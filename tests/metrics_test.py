@@ -159,6 +159,12 @@ def test_step_timer_arithmetic(clock):
     )  # fmt: skip
 
 
+def test_mfu_is_the_share_of_the_devices_peak(clock):
+    timer = metrics.StepTimer(0, 100, 64, peak_seconds=1 / 320)
+    clock.now += 5
+    assert timer.lap(10, 0.0)["mfu"] == pytest.approx(128 / 320)
+
+
 def test_step_timer_survives_a_lap_without_time(clock):
     timer = metrics.StepTimer(0, 10, 8)
     rates = timer.lap(0, 0.0)
@@ -262,9 +268,12 @@ def test_progress_tells_of_supply_and_of_bad_records(caplog):
         "data/bad/empty_caption": 1.0, "data/mended/CMYK": 9.0,
     }  # fmt: skip
     with caplog.at_level(logging.INFO, logger="absl"):
-        metrics.log_progress("84 px", 1, 2, values)
+        metrics.log_progress("84 px", 1, 2, {**values, "mfu": 0.4321})
     assert (
         caplog.records[0]
         .getMessage()
-        .endswith("| data-wait 50% (asked 100, given 50 images/s/core) | 3 bad records | ETA 1:00")
+        .endswith(
+            "| 100 images/s | MFU 43.2% | data-wait 50% (asked 100, given 50 images/s/core) | "
+            "3 bad records | ETA 1:00"
+        )
     )
