@@ -95,7 +95,7 @@ def test_a_job_restarts_is_looked_at_and_given_back(tpu, run, login, capsys, tmp
     arguments = ast.literal_eval(arguments + "]")
     assert f"--gin_bindings=MODEL_DIR = {f'/runs/{hostile}'!r}" in arguments
     assert arguments[-1] == "--multiprocess" and not list(tmp_path.rglob("pwned"))
-    assert "restart 1, in 0 s" in out and "Done, after 1 restarts." in out
+    assert "restart 1, in 0 s" in out and "Done, after 1 restarts, 0.0 chip-hours." in out
     (queued,) = tpu.queued.values()
     assert "spot" in queued.message
     assert dict(queued.message.tpu.node_spec[0].node.metadata)["ssh-keys"].startswith("me:ssh-")
@@ -208,12 +208,19 @@ def test_without_the_client_it_says_how_to_get_it():
         (["--ssh_key=nowhere/key"], ["nowhere/key.pub", "ssh-keygen"]),
         (["--model_dir=runs/x"], ["model_dir is 'runs/x'", "gs://"]),
         (["--gin.LERNING_RATE=1"], ["LERNING_RATE"]),
+        (["--max_wait_hours=nan"], ["--max_wait_hours=nan"]),
     ],
 )
 def test_mistakes_are_told_in_a_line_and_leave_nothing(tpu, run, capsys, argv, parts):
     assert run(*argv) == 2
     _check_error(capsys, *parts)
     assert not tpu.left
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_a_price_that_is_none_is_refused(tpu, login, capsys, price):
+    assert gce.main(["status", *PLACE, *login, f"--price={price}"]) == 2
+    _check_error(capsys, f"--price={price}")
 
 
 def test_no_quota_is_told_in_a_line_and_leaves_nothing(tpu, run, capsys):
