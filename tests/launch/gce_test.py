@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import grpc
 import pytest
+import yaml
 
 from launch import job
 from launch.controller import Patience
@@ -153,6 +155,23 @@ def test_a_dry_run_prints_the_request_and_asks_for_nothing(tpu, run, login, caps
     for verb in ("status", "stop", "delete"):
         assert gce.main([verb, *PLACE, *login, "--dry_run"]) == 0
     assert not tpu.calls
+
+
+def test_the_guides_job_reads_nothing_that_workers_have_not(tpu, login, capsys, monkeypatch):
+    monkeypatch.chdir(GIN.parent)
+    guide = pathlib.Path("launch/README.md").read_text()
+    text = guide.partition("`bigg.yaml`")[2].split("```\n")[1]
+    bindings = dict(line.split(" = ", 1) for line in yaml.safe_load(text)["gin_bindings"])
+    for path in ("gin/data/datacomp1b.gin", "gin/evals/imagenet.gin"):
+        for name in re.findall(r"^(\w+) = 'data/", pathlib.Path(path).read_text(), re.MULTILINE):
+            assert bindings.pop(name).startswith("'gs://my-bucket/data/"), name
+    assert not bindings
+    job_file = pathlib.Path(os.environ["HOMES"], "bigg.yaml")
+    job_file.write_text(text)
+    flags = (f"--job={job_file}", "--project=p", "--zone=us-east5-b", "--spot", *login)
+    assert gce.main(["run", *flags, "--dry_run"]) == 0
+    assert "-m clipa_t5x.schedule --gin_file=gin/bigG14.gin" in capsys.readouterr().out
+    assert not tpu.left
 
 
 def test_a_container_is_run_by_its_name_and_its_leftover_removed(tpu, run, capsys):
