@@ -242,6 +242,8 @@ def _run(arguments: argparse.Namespace, folder: str) -> int:
     place, login = _place(arguments, spec.name), _login(arguments)
     accelerator_type, runtime_version = cloud_tpu.accelerator(topologies.parse(spec.topology))
     recipe_check.check_recipe(spec)
+    if spec.image is None and arguments.setup == SETUP:
+        recipe_check.refuse_data_of_this_machine()
     machines = cloud_tpu.Machines(
         accelerator_type,
         arguments.runtime_version or runtime_version,

@@ -171,6 +171,11 @@ def test_the_guides_job_reads_nothing_that_workers_have_not(tpu, login, capsys, 
     flags = (f"--job={job_file}", "--project=p", "--zone=us-east5-b", "--spot", *login)
     assert gce.main(["run", *flags, "--dry_run"]) == 0
     assert "-m clipa_t5x.schedule --gin_file=gin/bigG14.gin" in capsys.readouterr().out
+    # Without, workers would be rented to find that they have no data.
+    given = [f"--gin.DATA_DIR='{name}'" for name in ("data/here", "gs://b/data")]
+    for flag, part in zip(given, ("DATA_DIR is 'data/here'", "VOCABULARY_PATH is"), strict=True):
+        assert gce.main(["run", *flags, flag]) == 2
+        _check_error(capsys, part, "gs://")
     assert not tpu.left
 
 
