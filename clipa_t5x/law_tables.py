@@ -174,10 +174,16 @@ def remarks(law: inverse_scaling.Law) -> list[str]:
         found.append(f"Incomplete, and left out of everything reckoned: {names}.")
     drawn = {run for a in law.axes for curve in a.curves for c in curve.cells for run in c.runs}
     beside = len([run for run in law.sweep.completed if run not in drawn])
-    if beside:
+    if law.sweep.completed and not law.axes:
+        found.append(
+            "No size has runs with different numbers of one kind of tokens and all of the other: "
+            "there is no drop to tell of."
+        )
+    elif beside:
         found.append(
             f"{beside} completed run{'s' * (beside != 1)} with fewer tokens of both kinds than the "
-            "sweep's most are on no axis: they are listed, and drawn over FLOPs."
+            f"sweep's most {'is' if beside == 1 else 'are'} on no axis, but listed, and drawn over "
+            "FLOPs."
         )
     return [*found, *law.sweep.notes]
 

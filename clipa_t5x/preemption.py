@@ -5,6 +5,7 @@ end with `RESTART_STATUS`. A second one ends its process at once; what is being 
 count, and the checkpoint before it stays whole.
 """
 
+import atexit
 import contextlib
 import itertools
 import math
@@ -26,6 +27,7 @@ RESTART_STATUS = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _WAIT_MS = 600_000
+_JOIN_SECONDS = 10
 _ROUNDS = itertools.count(1)
 
 
@@ -92,7 +94,14 @@ class _Agreement:
         self._told = False
         # It serves until the process ends: a peer that lags behind may still ask for the polls of
         # one that is done.
-        threading.Thread(target=self._run, name="stop", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="stop", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """Leaves the run before Python ends: a thread that native code gives back then aborts."""
+        jax.distributed.shutdown()
+        self._thread.join(_JOIN_SECONDS)
 
     def tell(self) -> None:
         """Asks all processes to stop."""

@@ -126,7 +126,7 @@ def load(
         raise UserError(
             f"no run in {named}: name MODEL_DIRs ({run_history.METRICS_FILE} or "
             f"{run_history.SCHEDULE_FILE} in them), or folders of them"
-            + "".join(f"; {note}" for note in notes[:3])
+            + "".join(f"; {note.rstrip('.')}" for note in notes[:3])
         )
     found = _evaluations(histories)
     evaluator, others = _choose(found, metric, evaluator)

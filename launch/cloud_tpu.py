@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from clipa_t5x.errors import UserError
 from clipa_t5x.topologies import Topology
 from launch.clock import Clock, duration
-from launch.controller import Node, RefusedError, Resource, ServiceError, Workers
+from launch.controller import Node, OthersError, RefusedError, Resource, ServiceError, Workers
+from launch.meter import Meter
 
 try:
     from google.api_core import exceptions  # pyright: ignore[reportMissingImports]
@@ -37,6 +38,7 @@ _KINDS = {
 }
 
 JOB_LABEL, RESTARTS_LABEL = "clipa_t5x-job", "clipa_t5x-restarts"
+CHIP_SECONDS_LABEL = "clipa_t5x-chip-seconds"  # Of machines before these.
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 _CALL_SECONDS = 60.0
 _RETRY_SECONDS, _MOST_RETRY_SECONDS, _GIVE_UP_SECONDS = 5.0, 60.0, 1800.0
@@ -126,8 +128,10 @@ def accelerator(topology: Topology) -> tuple[str, str]:
     return f"{prefix}-{topology.num_chips * per_chip}", runtime_version
 
 
-def creation(place: Place, machines: Machines, restarts: int) -> tpu_v2.CreateQueuedResourceRequest:
-    """The request for machines."""
+def creation(
+    place: Place, machines: Machines, restarts: int, chip_seconds: float = 0.0
+) -> tpu_v2.CreateQueuedResourceRequest:
+    """The request for machines of a job that has had others for so many chip-seconds."""
     metadata = {"enable-guest-attributes": "TRUE"}  # There they tell their SSH host keys.
     if machines.ssh_keys:
         metadata["ssh-keys"] = machines.ssh_keys
@@ -140,7 +144,11 @@ def creation(place: Place, machines: Machines, restarts: int) -> tpu_v2.CreateQu
             enable_external_ips=not machines.internal_ips,
         ),
         service_account=tpu_v2.ServiceAccount(email=machines.service_account, scope=[_SCOPE]),
-        labels={JOB_LABEL: place.name, RESTARTS_LABEL: str(restarts)},
+        labels={
+            JOB_LABEL: place.name,
+            RESTARTS_LABEL: str(restarts),
+            CHIP_SECONDS_LABEL: f"{chip_seconds:.0f}",
+        },
         metadata=metadata,
     )
     spec = tpu_v2.QueuedResource.Tpu.NodeSpec(parent=place.parent, node=node)
@@ -182,6 +190,11 @@ def _line(error: object) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
+def _made(node: Any) -> float:
+    """When, in seconds since 1970: a datetime, whatever its type says."""
+    return node.create_time.timestamp()
+
+
 class CloudTpu:
     """The machines of one job; see `controller.Cloud`."""
 
@@ -208,6 +221,7 @@ class CloudTpu:
         self._client, self._place, self._machines = client, place, machines
         self._workers = workers
         self._clock, self._say = clock or Clock(), say
+        self.meter = Meter()
 
     def workers(self, resource: Resource) -> Workers:
         """See `controller.Cloud`."""
@@ -218,7 +232,8 @@ class CloudTpu:
         """See `controller.Cloud`.
 
         Raises:
-          UserError: under the job's name is something that is none of this launcher's.
+          OthersError: under the job's name is something that is none of this launcher's, or of
+            another kind.
         """
         queued = self._get("queued_resource", self._place.resource)
         if queued is None:
@@ -226,6 +241,7 @@ class CloudTpu:
         labels = self._labels(queued)
         if self._machines is not None:
             self._refuse_others(queued, self._machines)
+        self.meter.carry(float(labels.get(CHIP_SECONDS_LABEL, 0)))
         state = queued.state.state.name
         error = queued.state.failed_data.error
         return Resource(
@@ -238,26 +254,24 @@ class CloudTpu:
         )
 
     def chip_hours(self) -> tuple[float, float]:
-        """Hours since the first of the job's nodes was made, and the same times all their chips."""
+        """Hours since the first of the job's present nodes was made, and chip-hours of them all."""
         nodes = self._own_nodes()
-        if not nodes:
-            return 0.0, 0.0
-        times: list[Any] = [
-            node.create_time for node in nodes
-        ]  # Datetimes, whatever its types say.
-        made = min(time.timestamp() for time in times)
-        hours = max(self._clock.unix_time() - made, 0.0) / 3600
+        now = self._clock.unix_time()
+        hours = max([(now - _made(node)) / 3600 for node in nodes], default=0.0)
+        return max(hours, 0.0), sum(map(self._see, nodes)) / 3600
+
+    def _see(self, node: tpu_v2.Node) -> float:
+        """Chip-seconds of a node, which count from now on."""
+        prefix, _, size = node.accelerator_type.rpartition("-")
         per_chip = {prefix: cores for prefix, cores, _ in _KINDS.values()}
-        chips = 0.0
-        for node in nodes:
-            prefix, _, size = node.accelerator_type.rpartition("-")
-            chips += int(size) / per_chip[prefix]
-        return hours, hours * chips
+        chips = int(size) / per_chip[prefix]
+        return self.meter.see(node.name, _made(node), chips, self._clock.unix_time())
 
     def create(self, restarts: int) -> None:
         """See `controller.Cloud`."""
         assert self._machines is not None
-        request = creation(self._place, self._machines, restarts)
+        self.meter.begin()
+        request = creation(self._place, self._machines, restarts, self.meter.chip_seconds)
         # Asked for again after an answer that was lost, it is the same request.
         request.request_id = str(uuid.uuid4())
         try:
@@ -297,7 +311,7 @@ class CloudTpu:
         """Labels of a queued resource, which must be the job's."""
         labels = dict(queued.tpu.node_spec[0].node.labels) if queued.tpu.node_spec else {}
         if labels.get(JOB_LABEL) != self._place.name:
-            raise UserError(
+            raise OthersError(
                 f"the queued resource {self._place.resource} is none of launch.gce's: choose "
                 "another --name."
             )
@@ -307,7 +321,7 @@ class CloudTpu:
         spec = queued.tpu.node_spec[0]
         has = (max(spec.multislice_params.node_count, 1), spec.node.accelerator_type)
         if has != (machines.num_slices, machines.accelerator_type):
-            raise UserError(
+            raise OthersError(
                 f"job {self._place.name} has {has[0]} x {has[1]}, and {machines.num_slices} x "
                 f"{machines.accelerator_type} are asked for: delete those (python -m launch.gce "
                 "delete), or choose another --name."
@@ -324,6 +338,7 @@ class CloudTpu:
             if node is None:
                 nodes.append(Node(name, "MISSING"))
                 continue
+            self._see(node)
             ends = node.network_endpoints
             inside = not node.network_config.enable_external_ips
             addresses = (e.ip_address if inside else e.access_config.external_ip for e in ends)

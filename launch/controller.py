@@ -34,6 +34,10 @@ class RefusedError(UserError):
         self.is_quota = is_quota
 
 
+class OthersError(UserError):
+    """Machines under the job's name that are somebody else's, and not to be given back."""
+
+
 class ServiceError(UserError):
     """The service has not answered for so long that it is no passing trouble."""
 
@@ -220,6 +224,8 @@ class Controller:
             except _StoppedError:
                 self._halt()
                 is_done = False
+        except OthersError:
+            raise
         except BaseException:
             try:
                 self._give_back()
@@ -369,8 +375,7 @@ class Controller:
         is_running = any(start.status is None for start in latest)
         is_same = all(start.command == workers.fingerprint for start in latest)
         if is_running and not is_same:
-            self._has_asked = False  # They are the other command's, and not to be given back.
-            raise FailedError(
+            raise OthersError(
                 "these machines are busy with another command under this name: stop that "
                 "(python -m launch.gce stop), or choose another --name"
             )

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import getpass
+import math
 import pathlib
 import re
 import signal
@@ -233,9 +234,16 @@ def _run(arguments: argparse.Namespace, folder: str) -> int:
             f"model_dir is {spec.model_dir!r}, which would be given back with the machines: take a "
             "bucket's address (gs://...), or a path on a disk that the workers share."
         )
+    if not 0 < arguments.max_wait_hours < math.inf:
+        raise UserError(
+            f"--max_wait_hours={arguments.max_wait_hours:g}: give the hours that machines may take "
+            "to be granted."
+        )
     place, login = _place(arguments, spec.name), _login(arguments)
     accelerator_type, runtime_version = cloud_tpu.accelerator(topologies.parse(spec.topology))
     recipe_check.check_recipe(spec)
+    if spec.image is None and arguments.setup == SETUP:
+        recipe_check.refuse_data_of_this_machine()
     machines = cloud_tpu.Machines(
         accelerator_type,
         arguments.runtime_version or runtime_version,
@@ -262,7 +270,8 @@ def _run(arguments: argparse.Namespace, folder: str) -> int:
     )  # fmt: skip
     with _stopped_by_signals(door.clock):
         is_done = boss.run()
-    say(f"{'Done' if is_done else 'Stopped'}, after {boss.restarts} restarts.")
+    chip_hours = f"{door.cloud.meter.chip_hours:.1f} chip-hours"
+    say(f"{'Done' if is_done else 'Stopped'}, after {boss.restarts} restarts, {chip_hours}.")
     return 0 if is_done else RESTART_STATUS
 
 
@@ -298,6 +307,8 @@ def describe(
 
 def _status(arguments: argparse.Namespace, folder: str) -> int:
     place = _place(arguments, arguments.name)
+    if not 0 <= arguments.price < math.inf:
+        raise UserError(f"--price={arguments.price:g}: give what a chip costs for an hour.")
     if arguments.dry_run:
         say(f"would look at {place.resource}, its nodes and its workers")
         return 0
@@ -312,9 +323,11 @@ def _status(arguments: argparse.Namespace, folder: str) -> int:
         for node in resource.nodes:
             say(f"node {node.name}: {node.state}, {len(node.addresses)} workers")
     if chip_hours:
-        price = arguments.price
-        cost = f", {chip_hours * price:.2f} at {price:g} a chip-hour" if price else ""
-        say(f"These nodes: {duration(hours * 3600)}, {chip_hours:.1f} chip-hours{cost}.")
+        say(f"These nodes: {duration(hours * 3600)}, {chip_hours:.1f} chip-hours.")
+    price, total = arguments.price, door.cloud.meter.chip_hours
+    if total:
+        cost = f", {total * price:.2f} at {price:g} a chip-hour" if price else ""
+        say(f"The job so far: {total:.1f} chip-hours{cost}.")
     if resource is not None and resource.state == "ACTIVE":
         _tell_starts(door.workers(resource))
     return 0

@@ -23,6 +23,11 @@ _PR_SET_PDEATHSIG = 1
 NOT_FOUND = 127  # As shells have it.
 
 
+def guarded(command: Sequence[str]) -> list[str]:
+    """The command that runs a command under a guard."""
+    return [sys.executable, "-I", "-S", __file__, *command]
+
+
 def main(command: Sequence[str]) -> int:
     """Runs the command to its end and returns its status."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)

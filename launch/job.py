@@ -10,6 +10,7 @@ import pathlib
 import re
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ VERBS = ("train", "schedule", "eval")
 # A name becomes part of file names, of resources' names and of labels; so the strictest of them.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+_MOST_SECONDS = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,13 @@ class JobSpec:
         if (self.package is None) == (self.image is None):
             given = f"package is {self.package!r} and image is {self.image!r}"
             raise UserError(f"{given}: give one of the two.")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        for name in ("gin_file", "model_dir", "gin_bindings", "arguments", "package", "image"):
+            if "\0" in "".join(getattr(self, name) or ""):
+                fact = f"{name} is {getattr(self, name)!r}"
+                raise UserError(f"{fact}: no command can take a character of code 0.")
         for name, value in self.environment.items():
             if not _VARIABLE.fullmatch(name) or "\0" in value or "\n" in value:
                 raise UserError(
@@ -224,8 +234,9 @@ def from_arguments(arguments: argparse.Namespace) -> JobSpec:
         fields["environment"] = dict(map(_variable, arguments.environment))
     if arguments.image is not None and arguments.package is None:
         fields["package"] = None
-    if arguments.max_restarts is not None:
-        fields["restarts"] = {**fields.get("restarts", {}), "max_restarts": arguments.max_restarts}
+    restarts = fields.get("restarts", {})
+    if arguments.max_restarts is not None and isinstance(restarts, Mapping):
+        fields["restarts"] = {**restarts, "max_restarts": arguments.max_restarts}
     spec = make(fields, arguments.job or "the command line")
     spec.check()
     return spec
@@ -246,7 +257,7 @@ def read(path: str) -> dict[str, Any]:
     """
     try:
         fields = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         fact = " ".join(str(error).split())
         raise UserError(f"the job's file {path} cannot be read: {fact}.") from error
     if not isinstance(fields, dict):
@@ -288,7 +299,7 @@ def _typed(name: str, kind: Any, value: Any, where: str) -> Any:
     """A value as its field's type has it."""
     expected, convert = _KINDS.get(kind, ("a text", _text))
     converted = convert(value)
-    if converted is None and not (value is None and isinstance(None, kind)):
+    if converted is None and not (value is None and type(None) in typing.get_args(kind)):
         raise UserError(f"{name} in {where} is {value!r}: it must be {expected}.")
     return converted
 
@@ -315,8 +326,9 @@ def _whole(value: Any) -> int | None:
     return value if is_whole else None
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, float) and value >= 0 else _whole(value)
+def _seconds(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= _MOST_SECONDS else None
 
 
 # Of a field's type: what it takes, and what makes a plain value one, or None of what is none.
@@ -324,5 +336,5 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     tuple[str, ...]: ("a text or a list of texts", _texts),
     Mapping[str, str]: ("texts by name (numbers in quotes)", _texts_by_name),
     int: ("a whole number, none below 0", _whole),
-    float: ("a number, none below 0", _number),
+    float: (f"seconds, from 0 to {_MOST_SECONDS:g}", _seconds),
 }

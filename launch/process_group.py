@@ -7,7 +7,6 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
@@ -94,7 +93,7 @@ class ProcessGroup:
                 self._logs.append(_Tail(command.log, log.tell()))
                 self._guards.append(
                     subprocess.Popen(
-                        [sys.executable, "-I", "-S", guard.__file__, *command.arguments],
+                        guard.guarded(command.arguments),
                         cwd=cwd,
                         env={**os.environ, **command.environment},
                         stdin=subprocess.PIPE,

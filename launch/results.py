@@ -139,7 +139,7 @@ def row(unit: Unit) -> dict[str, Any]:
     return {
         "work_unit": unit.name,
         "overrides": dict(unit.overrides),
-        "state": _state(unit.status, is_done, bool(begun)),
+        "state": _state(unit, is_done, bool(begun)),
         "step": begun[-1].last_step if begun else None,
         "total_steps": begun[-1].number("total_steps") if begun else None,
         "restarts": wall_time.total(times).restarts if times else 0,
@@ -148,13 +148,15 @@ def row(unit: Unit) -> dict[str, Any]:
     }
 
 
-def _state(status: int | None, is_done: bool, is_begun: bool) -> str:
-    if is_done and not status:
+def _state(unit: Unit, is_done: bool, is_begun: bool) -> str:
+    if is_done and not unit.status:
         return "done"
-    if status == RESTART_STATUS:
+    if unit.status == RESTART_STATUS:
         return "stopped"
-    if status:
-        return f"failed ({status})"
+    if unit.status:
+        return f"failed ({unit.status})"
+    if "://" in unit.model_dir:
+        return "remote, not read"
     return "not done" if is_begun else "not begun"
 
 

@@ -79,6 +79,8 @@ class Allocation:
                 raise UserError(
                     f"--option={option!r}: write it as --option=--mem=0, without quotes."
                 )
+        if self.cpus_per_process is not None and self.cpus_per_process < 1:
+            raise UserError(f"--cpus_per_process={self.cpus_per_process}: there is at least one.")
         if not 60 <= self.save_seconds <= 65535:
             raise UserError(f"--save_seconds={self.save_seconds}: SLURM takes 60 to 65535.")
 

@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import sys
@@ -25,9 +26,10 @@ from typing import Any
 
 import yaml
 
+from clipa_t5x import folders
 from clipa_t5x.errors import UserError
 from clipa_t5x.preemption import RESTART_STATUS
-from launch import job, local, results, sweep, xm_cloud
+from launch import guard, job, local, restarts, results, sweep, xm_cloud
 
 _JOB_FILE = "job.yaml"
 _DATABASE_FILE = "experiments.sqlite3"
@@ -126,13 +128,13 @@ def _job_file(plan: Plan, unit: sweep.WorkUnit) -> pathlib.Path:
 
 
 def _command(plan: Plan, unit: sweep.WorkUnit, arguments: argparse.Namespace) -> list[str]:
-    """What a work unit runs on this machine."""
+    """What a work unit runs on this machine: its launcher, which ends when this process does."""
     command = [sys.executable, "-m", "launch.local", f"--job={_job_file(plan, unit)}"]
     if arguments.num_processes > 1:
         command.append(f"--num_processes={arguments.num_processes}")
     if arguments.devices_per_process is not None:
         command.append(f"--devices_per_process={arguments.devices_per_process}")
-    return command
+    return guard.guarded(command)
 
 
 def _show(plan: Plan, commands: dict[str, list[str]]) -> None:
@@ -144,11 +146,29 @@ def _show(plan: Plan, commands: dict[str, list[str]]) -> None:
 
 
 @contextlib.contextmanager
+def _lifeline() -> Iterator[None]:
+    """What is started within has a pipe as stdin that breaks when this process dies; see `guard`.
+
+    XManager hands stdin on; afterwards it is empty.
+    """
+    reader, writer = os.pipe()
+    os.dup2(reader, 0)
+    os.close(reader)
+    try:
+        yield
+    finally:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        os.close(writer)
+
+
+@contextlib.contextmanager
 def library(plan: Plan) -> Iterator[None]:
     """XManager, with its database in the experiment's folder and not in the user's.
 
     Raises:
-      UserError: it is not installed.
+      UserError: it is not installed, or the folder cannot be.
     """
     try:
         from absl import flags
@@ -158,7 +178,7 @@ def library(plan: Plan) -> Iterator[None]:
         raise xm_cloud.not_installed(error) from error
     settings = {"backend": "sqlite", "db_name": str(plan.folder.absolute() / _DATABASE_FILE)}
     config = plan.folder.absolute() / "database.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(config.parent)
     config.write_text(
         yaml.safe_dump({"sql_connector": "sqlite", "sql_connection_settings": settings})
     )
@@ -169,6 +189,10 @@ def library(plan: Plan) -> Iterator[None]:
     for cached in caches:  # Of an experiment before, in this process.
         cached.cache_clear()
     yield
+
+
+def _make_folder(path: pathlib.Path) -> None:
+    folders.make(str(path), "the experiment's folder", "take another by --experiment_dir=DIR")
 
 
 def _submit(plan: Plan, cloud: xm_cloud.Cloud) -> int:
@@ -184,31 +208,37 @@ def _submit(plan: Plan, cloud: xm_cloud.Cloud) -> int:
 
 async def run_here(plan: Plan, commands: dict[str, list[str]], max_parallel: int) -> int:
     """Runs the work units on this machine, and prints their table."""
-    from xmanager import xm, xm_local
-    from xmanager.xm_local import executables
-
     for unit in plan.units:
         path = _job_file(plan, unit)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         path.write_text(unit.spec.as_yaml(), encoding="utf-8")
     runner = _Runner(results.Record.begin(plan.folder, plan.units), max_parallel)
     loop = asyncio.get_running_loop()
     for signum in _SIGNALS:
         loop.add_signal_handler(signum, runner.stop)
     try:
-        async with xm_local.create_experiment(plan.name) as experiment:
-            executable = executables.LocalBinary(name=plan.name, command=_EXEC)
-            jobs = {
-                name: xm.Job(executable, xm_local.Local(), name=name, args=command)
-                for name, command in commands.items()
-            }
-            await asyncio.gather(*(runner.run(experiment, name, jobs[name]) for name in jobs))
+        with _lifeline():
+            await _run_all(plan.name, commands, runner)
     except RuntimeError:
         # XManager tells at the end, too, that a work unit failed, by its first.
         if not any(runner.statuses.values()):
             raise
     print(results.report(runner.record))
     return runner.status()
+
+
+async def _run_all(name: str, commands: dict[str, list[str]], runner: "_Runner") -> None:
+    """Makes an experiment of the work units, and waits for all of them."""
+    from xmanager import xm, xm_local
+    from xmanager.xm_local import executables
+
+    async with xm_local.create_experiment(name) as experiment:
+        executable = executables.LocalBinary(name=name, command=_EXEC)
+        jobs = {
+            unit: xm.Job(executable, xm_local.Local(), name=unit, args=command)
+            for unit, command in commands.items()
+        }
+        await asyncio.gather(*(runner.run(experiment, unit, jobs[unit]) for unit in jobs))
 
 
 class _Runner:
@@ -235,7 +265,10 @@ class _Runner:
                 self._running[name].terminate()
             with contextlib.suppress(xm.ExperimentUnitFailedError):
                 await unit.wait_until_complete()
-            self.statuses[name] = self._running.pop(name).process.returncode
+            status = self._running.pop(name).process.returncode
+            # Told before it could listen, it died of that; it goes on when given again.
+            is_stopped = self._is_stopped and status in restarts.RESTART_STATUSES
+            self.statuses[name] = RESTART_STATUS if is_stopped else status
             self.record.ended(name, self.statuses[name])
 
     def stop(self) -> None:

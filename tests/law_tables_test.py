@@ -54,6 +54,12 @@ def test_what_is_left_out_is_said_once():
     assert "late (step 3 of 9)" in incomplete and beside.startswith("1 completed run with fewer")
 
 
+def test_of_runs_with_the_same_tokens_it_says_that_there_is_no_drop():
+    alike = [run(params, 1.0) for params in SIZES]
+    (remark,) = law_tables.remarks(inverse_scaling.analyse(sweep(alike)))
+    assert remark.startswith("No size has runs with different numbers of one kind of tokens")
+
+
 def test_a_name_is_no_formula_of_a_spreadsheet():
     law = inverse_scaling.analyse(sweep([run(1_000_000, 1.0, name="=cmd()")]))
     assert "\n'=cmd()," in law_tables.to_csv(law)

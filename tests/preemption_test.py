@@ -140,3 +140,19 @@ if index == 1:
     assert [status for status, _, _ in ends] == [0, 0], ends
     steps = {out.split()[-2] for _, out, _ in ends}
     assert len(steps) == 1
+
+
+def test_no_thread_is_left_in_native_code_when_python_ends():
+    """One that comes back from there then aborts the process, which was done."""
+    code = """
+import atexit
+with preemption.stop_requests():
+    step()
+time.sleep(index)
+peers.leave()
+atexit._run_exitfuncs()
+print([thread.name for thread in threading.enumerate() if thread.name == "stop"])
+"""
+    with programs.joined(code) as both:
+        ends = [program.end() for program in both]
+    assert [(status, out.splitlines()[-1]) for status, out, _ in ends] == [(0, "[]")] * 2, ends

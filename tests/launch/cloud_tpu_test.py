@@ -63,14 +63,18 @@ def test_the_request():
     machines = dataclasses.replace(
         MACHINES, service_account="me@p.iam", subnetwork="s", internal_ips=True, ssh_keys="me:key"
     )
-    request = cloud_tpu.creation(PLACE, machines, 3)
+    request = cloud_tpu.creation(PLACE, machines, 3, 7200.4)
     spec = request.queued_resource.tpu.node_spec[0]
     assert (request.parent, request.queued_resource_id) == (
         "projects/p/locations/us-east5-b", "my-run",
     )  # fmt: skip
     assert "spot" in request.queued_resource and not spec.node.network_config.enable_external_ips
     assert (spec.node_id, spec.node.accelerator_type) == ("my-run", "v5litepod-16")
-    assert dict(spec.node.labels) == {"clipa_t5x-job": "my-run", "clipa_t5x-restarts": "3"}
+    assert dict(spec.node.labels) == {
+        "clipa_t5x-job": "my-run",
+        "clipa_t5x-restarts": "3",
+        "clipa_t5x-chip-seconds": "7200",
+    }
     assert spec.node.metadata["ssh-keys"] == "me:key"
     assert spec.node.service_account.email == "me@p.iam"
     machines = dataclasses.replace(MACHINES, num_slices=2, tier="reserved", reservation="mine")

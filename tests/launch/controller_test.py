@@ -16,12 +16,15 @@ pytest.importorskip("google.cloud.tpu_v2", reason="google-cloud-tpu is not insta
 from fake_tpu import Fate  # noqa: E402
 from rented_machines import (  # noqa: E402
     MACHINES,
+    PLACE,
     POLICY,
     KilledError,
     ToldWorkers,
     Trainer,
     World,
 )
+
+from launch import cloud_tpu  # noqa: E402
 
 CODE = grpc.StatusCode
 
@@ -210,6 +213,39 @@ def test_machines_busy_with_another_command_are_left_alone(world):
     world.controller()._cloud.create(0)
     one_line_error(world.run, "busy with another command", "choose another --name")
     assert len(world.tpu.left) == 2 and world.tpu.calls["delete_queued_resource"] == 0
+
+
+def test_machines_that_somebody_else_asked_for_a_moment_earlier_are_left_alone(world):
+    other = dataclasses.replace(MACHINES, accelerator_type="v5litepod-64")
+
+    def another_is_faster(method):
+        if method == "create_queued_resource" and not world.tpu.queued:
+            request = cloud_tpu.creation(PLACE, other, 0)
+            world.tpu.create_queued_resource(request, None)
+
+    world.tpu.troubles = another_is_faster
+    one_line_error(world.run, "has 1 x v5litepod-64", "choose another --name")
+    assert len(world.tpu.left) == 2 and world.tpu.calls["delete_queued_resource"] == 0
+
+
+@pytest.mark.parametrize("how", ["SUSPENDED", "PREEMPTED", "gone"])
+def test_chip_hours_are_those_of_all_machines(world, how):
+    """16 chips: for 1,000 s, and until what was saved at 900 s has become 3,600 s."""
+    world.tpu.fates.append(Fate(preempted=1000, how=how, deletes=60))
+    world.run(keep=True)
+    labels = cloud_of(world)._labels(next(iter(world.tpu.queued.values())).message)
+    first = int(labels["clipa_t5x-chip-seconds"]) / 16
+    assert first == pytest.approx(1000, abs=120)
+    expected = (first + 3600 - world.trainer.period * 3) * 16 / 3600
+    assert cloud_of(world).meter.chip_hours == pytest.approx(expected, rel=0.03)
+    # One that comes later knows as much.
+    again = world.controller()._cloud
+    again.find()
+    assert again.meter.chip_hours == pytest.approx(expected, rel=0.03)
+
+
+def cloud_of(world):
+    return world.controllers[0]._cloud
 
 
 def test_a_service_that_stays_away_ends_the_job_and_says_what_may_be_left(world):

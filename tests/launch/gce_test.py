@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import grpc
 import pytest
+import yaml
 
 from launch import job
 from launch.controller import Patience
@@ -95,7 +97,7 @@ def test_a_job_restarts_is_looked_at_and_given_back(tpu, run, login, capsys, tmp
     arguments = ast.literal_eval(arguments + "]")
     assert f"--gin_bindings=MODEL_DIR = {f'/runs/{hostile}'!r}" in arguments
     assert arguments[-1] == "--multiprocess" and not list(tmp_path.rglob("pwned"))
-    assert "restart 1, in 0 s" in out and "Done, after 1 restarts." in out
+    assert "restart 1, in 0 s" in out and "Done, after 1 restarts, 0.0 chip-hours." in out
     (queued,) = tpu.queued.values()
     assert "spot" in queued.message
     assert dict(queued.message.tpu.node_spec[0].node.metadata)["ssh-keys"].startswith("me:ssh-")
@@ -155,6 +157,28 @@ def test_a_dry_run_prints_the_request_and_asks_for_nothing(tpu, run, login, caps
     assert not tpu.calls
 
 
+def test_the_guides_job_reads_nothing_that_workers_have_not(tpu, login, capsys, monkeypatch):
+    monkeypatch.chdir(GIN.parent)
+    guide = pathlib.Path("launch/README.md").read_text()
+    text = guide.partition("`bigg.yaml`")[2].split("```\n")[1]
+    bindings = dict(line.split(" = ", 1) for line in yaml.safe_load(text)["gin_bindings"])
+    for path in ("gin/data/datacomp1b.gin", "gin/evals/imagenet.gin"):
+        for name in re.findall(r"^(\w+) = 'data/", pathlib.Path(path).read_text(), re.MULTILINE):
+            assert bindings.pop(name).startswith("'gs://my-bucket/data/"), name
+    assert not bindings
+    job_file = pathlib.Path(os.environ["HOMES"], "bigg.yaml")
+    job_file.write_text(text)
+    flags = (f"--job={job_file}", "--project=p", "--zone=us-east5-b", "--spot", *login)
+    assert gce.main(["run", *flags, "--dry_run"]) == 0
+    assert "-m clipa_t5x.schedule --gin_file=gin/bigG14.gin" in capsys.readouterr().out
+    # Without, workers would be rented to find that they have no data.
+    given = [f"--gin.DATA_DIR='{name}'" for name in ("data/here", "gs://b/data")]
+    for flag, part in zip(given, ("DATA_DIR is 'data/here'", "VOCABULARY_PATH is"), strict=True):
+        assert gce.main(["run", *flags, flag]) == 2
+        _check_error(capsys, part, "gs://")
+    assert not tpu.left
+
+
 def test_a_container_is_run_by_its_name_and_its_leftover_removed(tpu, run, capsys):
     assert run("--dry_run", "--environment=A=b c", where=("--image=r/i:1",)) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "docker run" in line)
@@ -208,12 +232,19 @@ def test_without_the_client_it_says_how_to_get_it():
         (["--ssh_key=nowhere/key"], ["nowhere/key.pub", "ssh-keygen"]),
         (["--model_dir=runs/x"], ["model_dir is 'runs/x'", "gs://"]),
         (["--gin.LERNING_RATE=1"], ["LERNING_RATE"]),
+        (["--max_wait_hours=nan"], ["--max_wait_hours=nan"]),
     ],
 )
 def test_mistakes_are_told_in_a_line_and_leave_nothing(tpu, run, capsys, argv, parts):
     assert run(*argv) == 2
     _check_error(capsys, *parts)
     assert not tpu.left
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "inf"])
+def test_a_price_that_is_none_is_refused(tpu, login, capsys, price):
+    assert gce.main(["status", *PLACE, *login, f"--price={price}"]) == 2
+    _check_error(capsys, f"--price={price}")
 
 
 def test_no_quota_is_told_in_a_line_and_leaves_nothing(tpu, run, capsys):

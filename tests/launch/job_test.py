@@ -67,7 +67,12 @@ def test_yaml_and_flags_make_the_same_job(tmp_path):
         ("gin_bindings: [1]", ["gin_bindings", "[1]", "list of texts"]),
         ("restarts: 3", ["restarts", "3"]),
         ("restarts: {max: 3}", ["'max'", "max_restarts"]),
-        ("restarts: {max_delay: -1}", ["max_delay", "-1", "none below 0"]),
+        ("restarts: {max_delay: -1}", ["max_delay", "-1", "from 0 to 1e+09"]),
+        ("restarts: {max_delay: .inf}", ["max_delay", "inf", "from 0 to 1e+09"]),
+        ("environment:", ["environment", "None", "texts by name"]),
+        ("gin_search_paths: null", ["gin_search_paths", "None", "list of texts"]),
+        ("date: 2026-13-45", ["cannot be read", "month"]),
+        ("[" * 5000, ["cannot be read", "recursion"]),
         ("- a", ["no mapping"]),
         ("a: [", ["cannot be read"]),
         ("!!python/object/apply:os.system [id]", ["cannot be read"]),
@@ -78,6 +83,18 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, parts):
     path = tmp_path / "job.yaml"
     path.write_text(text)
     one_line_error(lambda: parse(f"--job={path}", *MINIMUM), str(path), *parts)
+
+
+def test_a_file_s_restarts_are_read_before_a_flag_adds_to_them(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("restarts: soon")
+    one_line_error(lambda: parse(f"--job={path}", *MINIMUM, "--max_restarts=1"), "'soon'")
+
+
+@pytest.mark.parametrize("field", ["gin_file", "model_dir", "gin_bindings", "arguments", "image"])
+def test_what_no_command_can_take_is_refused(field):
+    fields = {"gin_file": "a", "model_dir": "b", "package": None, "image": "c", field: "x\0y"}
+    one_line_error(lambda: job.make(fields, "here").check(), field, "code 0")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_a_row_for_every_work_unit_whatever_became_of_it(record):
     assert table[0]["metrics"]["inference_eval/digits/accuracy"] == 0.25
 
 
+def test_of_what_is_in_a_bucket_nothing_is_told(tmp_path):
+    units = sweep.work_units(job.JobSpec(("a.gin",), "gs://b/sweep"), ["N=[1]"])
+    [row] = results.rows(results.Record.begin(tmp_path, units))
+    assert row["state"] == "remote, not read" and row["step"] is None
+
+
 def test_the_table_is_printed_and_written(record, capsys):
     assert results.main([str(record.folder)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

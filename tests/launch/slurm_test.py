@@ -87,6 +87,7 @@ def test_devices_are_divided(flags, fields, expected):
         (["--time=soon"], {}, ["--time='soon'", "12:00:00"]),
         (["--option=--mem=0 --x"], {}, ["--mem=0 --x"]),
         (["--save_seconds=3"], {}, ["--save_seconds=3"]),
+        (["--cpus_per_process=0"], {}, ["--cpus_per_process=0"]),
     ],
 )
 def test_what_slurm_would_misread_is_refused(flags, fields, parts):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from chaos import killing
-from process_families import find_trainers, wait_for
+from process_families import FAMILY, all_gone, find_trainers, read_pids, wait_for
 
 from launch import job, results, sweep, xm
 
@@ -87,6 +87,13 @@ def test_a_missing_library_is_named(main, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "experiment").exists()
 
 
+def test_a_folder_that_cannot_be_is_told_in_a_line(library, main, tmp_path, capsys):
+    (tmp_path / "experiment").write_text("a file")
+    assert main() == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "experiment's folder" in line and "--experiment_dir" in line
+
+
 class Pretended:
     """Work units that run Python code, given its number and a folder of all."""
 
@@ -139,6 +146,17 @@ sys.exit(3 if number == "1" else 0)
     assert not (tmp_path / "home").exists()
 
 
+def stopped_when_it_runs(folder, code, count):
+    """An experiment that is told to stop when its first work unit runs."""
+
+    def stop():
+        wait_for((folder / "running.0").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    return Pretended(folder, code, count)
+
+
 def test_told_to_stop_it_tells_those_that_run_and_begins_no_more(library, tmp_path):
     code = """
 import signal, sys, time
@@ -148,15 +166,43 @@ open(f"{folder}/running.{number}", "w")
 time.sleep(600)
 """
 
-    def stop():
-        wait_for((tmp_path / "running.0").exists)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop).start()
-    experiment = Pretended(tmp_path, code, 3)
+    experiment = stopped_when_it_runs(tmp_path, code, 3)
     assert experiment.run(1) == 75
     assert experiment.statuses() == [75, None, None]
     assert not (tmp_path / "running.1").exists()
+
+
+# An experiment of one work unit that sleeps, under its own guard as all of them are.
+SLEEPING = """
+import asyncio, pathlib, sys
+from launch import guard, job, sweep, xm
+folder = pathlib.Path(sys.argv[1])
+plan = xm.Plan("sleeping", folder, sweep.work_units(job.JobSpec(("a.gin",), str(folder)), []))
+command = [sys.executable, "-I", "-S", "-c", sys.argv[2], str(folder)]
+with xm.library(plan):
+    asyncio.run(xm.run_here(plan, {"base": guard.guarded(command)}, 1))
+"""
+
+
+def test_nothing_outlives_a_killed_experiment(library, tmp_path):
+    command = [sys.executable, "-c", SLEEPING, str(tmp_path), FAMILY]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=experiments.environment(1), stdout=log, stderr=log)
+    pids = read_pids(tmp_path, 2)
+    process.kill()
+    process.wait()
+    all_gone(pids)
+
+
+def test_a_work_unit_that_hears_of_a_stop_too_early_has_not_failed(library, tmp_path):
+    code = """
+import sys, time
+number, folder = sys.argv[1:]
+open(f"{folder}/running.{number}", "w")
+time.sleep(600)
+"""
+    experiment = stopped_when_it_runs(tmp_path, code, 1)
+    assert experiment.run(1) == 75 and experiment.statuses() == [75]
 
 
 STEPS = 40
