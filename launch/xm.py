@@ -216,13 +216,8 @@ async def run_here(plan: Plan, commands: dict[str, list[str]], max_parallel: int
     loop = asyncio.get_running_loop()
     for signum in _SIGNALS:
         loop.add_signal_handler(signum, runner.stop)
-    try:
-        with _lifeline():
-            await _run_all(plan.name, commands, runner)
-    except RuntimeError:
-        # XManager tells at the end, too, that a work unit failed, by its first.
-        if not any(runner.statuses.values()):
-            raise
+    with _lifeline():
+        await _run_all(plan.name, commands, runner)
     print(results.report(runner.record))
     return runner.status()
 
@@ -265,6 +260,7 @@ class _Runner:
                 self._running[name].terminate()
             with contextlib.suppress(xm.ExperimentUnitFailedError):
                 await unit.wait_until_complete()
+            unit._local_execution_handles.clear()  # XManager would tell of failures again.
             status = self._running.pop(name).process.returncode
             # Told before it could listen, it died of that; it goes on when given again.
             is_stopped = self._is_stopped and status in restarts.RESTART_STATUSES
