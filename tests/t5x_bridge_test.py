@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+import types
 
 import experiments
 import flax
@@ -18,7 +19,7 @@ import t5x_stubs
 from saved_runs import one_line_error
 
 from clipa_t5x import gin_utils, microbatching, optimizers, partitioning
-from clipa_t5x.data import input_pipeline
+from clipa_t5x.errors import UserError
 
 GIN = experiments.GIN
 IS_INSTALLED = importlib.util.find_spec("t5x") is not None
@@ -206,24 +207,59 @@ def test_its_own_microbatches_are_refused(bridge, make):
     one_line_error(call, "num_microbatches is 2", "NUM_MICROBATCHES")
 
 
-def test_data_begin_at_a_step_and_are_the_built_in_engines(bridge, tmp_path, monkeypatch):
-    experiments.digits_dir(str(tmp_path))
+def test_microbatches_that_do_not_divide_are_refused_by_name(bridge, make):
+    spec = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in BATCH.items()}
+
+    class Data:
+        batch_spec = staticmethod(lambda: spec)
+
+    def call():
+        bridge.Trainer(
+            model=make(num_microbatches=3), train_state=None,
+            partitioner=bridge.Partitioner(partitioning.PjitPartitioner(num_partitions=2)),
+            evaluators={}, random_seed=0, dataset_cfg=Data, total_steps=1,
+        )  # fmt: skip
+
+    one_line_error(call, "NUM_MICROBATCHES is 3", "2 rows")
+
+
+def test_a_model_dir_is_absolute(bridge, tmp_path, monkeypatch):
+    """Orbax refuses to write elsewhere, minutes after the start."""
     monkeypatch.chdir(tmp_path)
-    experiments.parse("digits_stage1", *experiments.UNEVALUATED, "MODEL_DIR = 'unused'")
-    cfg = gin_utils.build_arguments(experiments.TRAIN)["train_dataset_cfg"]
-    layout = input_pipeline.BatchLayout(partitioning.PjitPartitioner().batch_sharding())
-    batches = input_pipeline.TrainIterator(cfg, layout, 2 * cfg.batch_size)
-    wanted = next(batches)
-    batches.close()
-    halves = [
-        bridge.TrainData(cfg, bridge._HostRows.of(cfg, shard, 2), first_step=2)
-        for shard in range(2)
-    ]
-    parts = [next(half) for half in halves]
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), value)
-        spec = halves[0].element_spec[name]
-        assert (spec.shape, spec.dtype) == (parts[0][name].shape, parts[0][name].dtype)
+    assert bridge.absolute_model_dir("runs/mine") == str(tmp_path / "runs" / "mine")
+    one_line_error(lambda: bridge.absolute_model_dir(""), "MODEL_DIR is empty")
+    (tmp_path / "file").touch()
+    one_line_error(lambda: bridge.absolute_model_dir("file"), "MODEL_DIR file is a file")
+    monkeypatch.setattr(bridge.folders, "check_model_dir", lambda *_: None)  # Asks the bucket.
+    assert bridge.absolute_model_dir("gs://bucket/mine") == "gs://bucket/mine"
+
+
+def test_evaluators_run_without_a_training_evaluation(bridge, parse):
+    """T5X evaluates where there are data for it; the paper's recipes have none."""
+    parse(GIN / "bigG14_stage1.gin")
+    (cfgs,) = (gin_utils.build_arguments("__main__.train")["train_eval_dataset_cfg"],)
+    data = bridge.evaluation_data(cfgs, 0, 1, 0)
+    assert cfgs and data and not list(data)
+
+
+def test_all_processes_stop_at_a_step_that_is_not_saved_yet(bridge, monkeypatch):
+    trainer = bridge.Trainer.__new__(bridge.Trainer)
+    asked = iter([False, False, True, True])
+    trainer._stop = types.SimpleNamespace(requested=lambda: next(asked))
+    trainer._model_dir = "unused"
+    monkeypatch.setattr(bridge, "newest_step", lambda model_dir: 7)
+    batches, given = trainer._until_asked_to_stop(iter("abcdef"), first=5), []
+    with pytest.raises(sys.modules["t5x.trainer"].PreemptionError) as caught:
+        for batch in batches:
+            given.append(batch)
+    assert given == ["a", "b", "c"]  # After step 7 T5X has saved: one more.
+    assert isinstance(caught.value, SystemExit) and caught.value.code == 75
+
+
+def test_a_users_mistake_is_one_line(bridge, capsys):
+    for error in (UserError("wrong\n  In call to configurable 'train'"), ValueError("a bug")):
+        bridge.print_error(type(error), error, None)
+    assert capsys.readouterr().err == "error: wrong\nValueError: a bug\n"
 
 
 def test_a_state_of_another_model_or_dtype_is_refused(bridge):
