@@ -419,7 +419,7 @@ def _check_state(state: Any, abstract: Any) -> None:
     """Refuses a restored state whose parameters or counts are not the model's."""
     found = checkpoints.flatten(flax.core.unfreeze(state.params))
     checkpoints.check_same_parameters(
-        found, checkpoints.flatten(abstract.params), "T5X's checkpoint in MODEL_DIR",
+        found, checkpoints.flatten(abstract.params), "of T5X in MODEL_DIR",
         "Use another MODEL_DIR, or the recipe that made it.",
     )  # fmt: skip
     counts = [state.step, *jax.tree.leaves(state.param_states)]
