@@ -42,6 +42,18 @@ from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
 
 T5X_COMMIT = "cc342d419ec3e3e9c4bf1df33c82330cafdc1e16"
+# What T5X itself asks for would put the newest commits of flax, optax and others in the place of
+# those that this package is tested with; two that it needs are nowhere but at GitHub.
+_GIT = {
+    "google-research/t5x": T5X_COMMIT,
+    "google/airio": "69897df7d9a427b947a9f7bb4164c7782b43e601",
+    "google-research/jestimator": "326824a477feef6d92e6f44175000907a72899ca",
+}
+INSTALL = (
+    "pip install --no-deps "
+    + " ".join(f"'git+https://github.com/{name}@{commit}'" for name, commit in _GIT.items())
+    + " && pip install cached_property fiddle grain portpicker"
+)
 
 try:
     import clu.metrics
@@ -54,9 +66,9 @@ try:
     import t5x.utils  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise UserError(
-        f"this engine is upstream T5X, which cannot be imported ({error}): pip install "
-        f"'git+https://github.com/google-research/t5x@{T5X_COMMIT}', or leave gin/t5x out of "
-        "--gin_search_paths for the built-in engine."
+        f"this engine is upstream T5X, which cannot be imported ({error}): {INSTALL}; or leave "
+        "gin/t5x out of --gin_search_paths for the built-in engine, and give eval and export the "
+        "experiment's file, not T5X's config.gin."
     ) from error
 
 
