@@ -78,7 +78,7 @@ def refuse_what_t5x_has_not(**options: Any) -> None:
     Raises:
       UserError: the first that is set; or a macro that nothing reads.
     """
-    if flags.FLAGS.is_parsed() and "gin_bindings" in flags.FLAGS:  # In T5X's own scripts.
+    if _is_script_of_t5x():
         sys.excepthook = print_error
         paths = [*flags.FLAGS.gin_search_paths, os.path.dirname(t5x.__path__[0])]
         gin_macros.refuse_unread(flags.FLAGS.gin_bindings, flags.FLAGS.gin_file or (), paths)
@@ -88,6 +88,10 @@ def refuse_what_t5x_has_not(**options: Any) -> None:
                 f"{name} is {value!r}, which T5X's engine cannot honour: leave it out, or train "
                 "with the built-in engine (python -m clipa_t5x.train)."
             )
+
+
+def _is_script_of_t5x() -> bool:
+    return flags.FLAGS.is_parsed() and "gin_bindings" in flags.FLAGS
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -100,6 +104,8 @@ def print_error(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 def refuse_schedule(stages: Sequence[str], model_dir: str) -> None:
     """Raises a `UserError` that says how a schedule's stages are run."""
+    if _is_script_of_t5x():
+        sys.excepthook = print_error
     raise UserError(
         f"T5X's train.py runs one stage, and this is a schedule of {len(stages)}: give it "
         f"{', '.join(stages)} one after the other, each with a MODEL_DIR under {model_dir} and "

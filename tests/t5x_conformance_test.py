@@ -237,7 +237,7 @@ def test_its_checkpoints_are_exported(workspace, both):
     [
         ("digits_stage1", "SPIKE_SIGMAS = 6.0", ["SPIKE_SIGMAS is 6.0", "built-in engine"]),
         ("digits_stage1", "LEARNIG_RATE = 1", ["LEARNIG_RATE", "Did you mean LEARNING_RATE?"]),
-        ("digits_stage1", "BAD_NUMBERS_ACTION = 'rewind'", ["BAD_NUMBERS_ACTION is 'rewind'"]),
+        ("digits_stage1", "BAD_NUMBERS_ACTION = 'rewind'", ["BAD_NUMBERS_ACTION is", "'rewind'"]),
         ("digits_stage1", "NUM_MICROBATCHES = 3", ["NUM_MICROBATCHES is 3", "16 rows"]),
         ("digits_stage1", "BATCH_SIZE = 63", ["BATCH_SIZE is 63"]),
         ("digits", "STAGES = ['a.gin']", ["one stage", "a.gin"]),
