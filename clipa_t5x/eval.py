@@ -54,7 +54,8 @@ def evaluate(
       model_dir: of the run.
       checkpoint: a MODEL_DIR, one checkpoint's folder, or a file of parameters; None takes the
         newest in `model_dir`. Results are written (`metrics.jsonl`, TensorBoard) to the MODEL_DIR
-        that holds it, those of a file to `model_dir`, made if it is missing, as of step 0.
+        that holds it, those of a file to `model_dir`, made if it is missing, as of step 0, and
+        those of T5X's checkpoint there, too, as of its step.
       **_: the other arguments of `train.train`, which are not used.
 
     Returns:
@@ -79,7 +80,7 @@ def evaluate(
             trainer, layout, train_eval_dataset_cfg, evaluators, writer, source
         )
         # The gallery is the run's last word: an earlier checkpoint leaves it.
-        last = step == max(checkpoints.all_steps(source), default=0)
+        last = step >= max(checkpoints.all_steps(source), default=0)
         return run_all.run(step, loaded.params, last)
 
 

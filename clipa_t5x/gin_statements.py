@@ -96,16 +96,18 @@ def user_error(where: Where | str, fact: str) -> errors.UserError:
     return errors.UserError(" ".join(text.split()))
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """Yields what is no container at any depth of `value`, dictionary keys included."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.items() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
 def references(value: Any) -> Iterator[config.ConfigurableReference]:
     """Yields the references at any depth of `value`, dictionary keys included."""
-    if isinstance(value, config.ConfigurableReference):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.items():
-            yield from references(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from references(item)
+    return (leaf for leaf in leaves(value) if isinstance(leaf, config.ConfigurableReference))
 
 
 def unreferred(spelling: str, hint: str) -> str:

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from clipa_t5x import checkpoint_folders, checkpoint_writer, checkpoints
 from clipa_t5x.errors import UserError
-from clipa_t5x.weights import array_sources, parameter_files
+from clipa_t5x.weights import array_sources, parameter_files, t5x_orbax
 
 
 class Loaded(NamedTuple):
@@ -24,9 +24,9 @@ class Loaded(NamedTuple):
     Attributes:
       params: laid out as was asked for.
       notes: one line for each that was resized.
-      model_dir: that holds the checkpoint; None where they come from a file.
-      step: of the checkpoint, 0 of a file.
-      file: what they were read from, closed; None for a checkpoint.
+      model_dir: that holds the checkpoint; None where they come from a file, or of T5X.
+      step: of the checkpoint, T5X's included; 0 of a file.
+      file: what they were read from, closed; None for a checkpoint of this package.
     """
 
     params: Any
@@ -113,7 +113,7 @@ def load_params(
             params, notes = _load(file, abstract_params, resized)
         for warning in file.warnings:
             logging.warning("%s", warning)
-        return Loaded(params, notes, None, 0, file)
+        return Loaded(params, notes, None, t5x_orbax.step(path), file)
     return load_checkpoint(*checkpoints.locate(path), abstract_params, resized)
 
 

@@ -6,11 +6,11 @@ keys as on the built-in engine. Signatures are those of T5X at commit `T5X_COMMI
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
-import signal
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,32 +18,44 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
 from etils import epath
 from flax.linen import partitioning as flax_partitioning
-from jax.experimental import multihost_utils
 
 from clipa_t5x import (
     checkpoints,
     evaluation,
+    folders,
     gin_macros,
+    gin_utils,
     microbatching,
     models,
     optimizers,
     partitioning,
+    preemption,
     stage_handover,
 )
 from clipa_t5x import train as train_lib
 from clipa_t5x import trainer as trainer_lib
-from clipa_t5x.data import input_pipeline
+from clipa_t5x.data import host_iterators, input_pipeline
 from clipa_t5x.errors import UserError
 from clipa_t5x.evaluators import evaluator
 
 T5X_COMMIT = "cc342d419ec3e3e9c4bf1df33c82330cafdc1e16"
+# What T5X itself asks for would put the newest commits of flax, optax and others in the place of
+# those that this package is tested with; two that it needs are nowhere but at GitHub.
+_GIT = {
+    "google-research/t5x": T5X_COMMIT,
+    "google/airio": "69897df7d9a427b947a9f7bb4164c7782b43e601",
+    "google-research/jestimator": "326824a477feef6d92e6f44175000907a72899ca",
+}
+INSTALL = (
+    "pip install --no-deps "
+    + " ".join(f"'git+https://github.com/{name}@{commit}'" for name, commit in _GIT.items())
+    + " && pip install cached_property fiddle grain portpicker"
+)
 
 try:
-    import clu.data.dataset_iterator
     import clu.metrics
     import seqio
     import t5x.checkpoints  # pyright: ignore[reportMissingImports]
@@ -54,9 +66,9 @@ try:
     import t5x.utils  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise UserError(
-        f"this engine is upstream T5X, which cannot be imported ({error}): pip install "
-        f"'git+https://github.com/google-research/t5x@{T5X_COMMIT}', or leave gin/t5x out of "
-        "--gin_search_paths for the built-in engine."
+        f"this engine is upstream T5X, which cannot be imported ({error}): {INSTALL}; or leave "
+        "gin/t5x out of --gin_search_paths for the built-in engine, and give eval and export the "
+        "experiment's file, not T5X's config.gin."
     ) from error
 
 
@@ -64,10 +76,12 @@ def refuse_what_t5x_has_not(**options: Any) -> None:
     """Refuses options, by macro name, that T5X's trainer would not honour, and misspelt ones.
 
     Raises:
-      UserError: the first that is set; or one of the command line that nothing reads.
+      UserError: the first that is set; or a macro that nothing reads.
     """
-    if flags.FLAGS.is_parsed() and "gin_bindings" in flags.FLAGS:
-        gin_macros.refuse_unread(flags.FLAGS.gin_bindings)
+    if _is_script_of_t5x():
+        sys.excepthook = print_error
+        paths = [*flags.FLAGS.gin_search_paths, os.path.dirname(t5x.__path__[0])]
+        gin_macros.refuse_unread(flags.FLAGS.gin_bindings, flags.FLAGS.gin_file or (), paths)
     for name, value in options.items():
         if value not in (None, False, 0):
             raise UserError(
@@ -76,13 +90,37 @@ def refuse_what_t5x_has_not(**options: Any) -> None:
             )
 
 
+def _is_script_of_t5x() -> bool:
+    return flags.FLAGS.is_parsed() and "gin_bindings" in flags.FLAGS
+
+
+def print_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Python's `excepthook`: a user's mistake in one line, as the doors here print it."""
+    if isinstance(error, UserError):
+        print(f"error: {gin_utils.message(error)}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def refuse_schedule(stages: Sequence[str], model_dir: str) -> None:
     """Raises a `UserError` that says how a schedule's stages are run."""
+    if _is_script_of_t5x():
+        sys.excepthook = print_error
     raise UserError(
         f"T5X's train.py runs one stage, and this is a schedule of {len(stages)}: give it "
         f"{', '.join(stages)} one after the other, each with a MODEL_DIR under {model_dir} and "
         "INITIAL_CHECKPOINT_PATH set to that of the stage before."
     )
+
+
+def absolute_model_dir(model_dir: str) -> str:
+    """MODEL_DIR as T5X needs it: its checkpoints cannot be written to a relative path.
+
+    Raises:
+      UserError: as `folders.check_model_dir`.
+    """
+    folders.check_model_dir(model_dir, "name the folder that everything is written to")
+    return model_dir if "://" in model_dir else os.path.abspath(model_dir)
 
 
 def common_period(eval_period: int | None, checkpoint_period: int | None) -> int:
@@ -154,7 +192,7 @@ class ClipModel(t5x.models.BaseModel):
         del options
         super().__init__(t5x.optimizers.OptaxWrapper(optimizer.transformation))
         self.clip, self.optimizer = model, optimizer
-        self._num_microbatches, self._augment = num_microbatches, augment
+        self.num_microbatches, self._augment = num_microbatches, augment
 
     def get_initial_variables(
         self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Any = None
@@ -180,10 +218,10 @@ class ClipModel(t5x.models.BaseModel):
         if self._augment is not None:
             images = self._augment(batch["images"], batch["augment_keys"])
             batch = {**batch, "images": images}
-        if self._num_microbatches == 1:
+        if self.num_microbatches == 1:
             loss, metrics = models.training_loss(self.clip, params, batch, dropout_rng)
         else:
-            parts = self._num_microbatches
+            parts = self.num_microbatches
             loss, metrics = _in_microbatches(self.clip, parts, batch, dropout_rng)(params)
         return loss, _averages(metrics, jnp.ones(()))
 
@@ -282,8 +320,14 @@ class TrainStateInitializer(t5x.utils.TrainStateInitializer):
         return state.replace_params(flax.core.freeze(loaded.params))
 
 
+class StoppedError(t5x.trainer.PreemptionError, SystemExit):
+    """T5X saves, and the process ends with the status for 'start the same command again'."""
+
+    code = preemption.RESTART_STATUS
+
+
 class Trainer(t5x.trainer.Trainer):
-    """T5X's trainer, which is asked to stop by SIGTERM, and runs this package's evaluators.
+    """T5X's trainer, which is asked to stop by signals, and runs this package's evaluators.
 
     A state that does not fit the model is refused: T5X restores shapes and dtypes unchecked.
     """
@@ -298,6 +342,7 @@ class Trainer(t5x.trainer.Trainer):
         random_seed: int,
         dataset_cfg: input_pipeline.DatasetConfig,
         total_steps: int,
+        eval_dataset_cfg: input_pipeline.DatasetConfig | None = None,
         num_microbatches: int | None = None,
         **kwargs: Any,
     ):
@@ -321,10 +366,12 @@ class Trainer(t5x.trainer.Trainer):
         )  # fmt: skip
         self._bound = trainer_lib.Trainer(
             model=model.clip, optimizer=model.optimizer, partitioner=partitioner.spec,
-            batch_spec=dataset_cfg.batch_spec(),
+            batch_spec=dataset_cfg.batch_spec(), num_microbatches=model.num_microbatches,
         )  # fmt: skip
         _check_state(train_state, self._bound.abstract_state)
-        train_lib.check_data(model.clip, partitioner.spec, dataset_cfg, None, evaluators)
+        train_lib.check_data(
+            model.clip, partitioner.spec, dataset_cfg, eval_dataset_cfg, evaluators
+        )
         self._evaluators, self._total_steps = evaluators, total_steps
         self._model_dir = kwargs["summary_dir"]
         self._writers = {
@@ -332,13 +379,8 @@ class Trainer(t5x.trainer.Trainer):
             for name in evaluators
         }
         _, self._train_rng = jax.random.split(jax.random.key(random_seed))
-        self._asked_to_stop = False
-        with contextlib.suppress(ValueError):  # Not in the main thread, as within a notebook.
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
-
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        del number, frame
-        self._asked_to_stop = True
+        self._signals = contextlib.ExitStack()
+        self._stop = self._signals.enter_context(preemption.stop_requests())
 
     def _get_step_rng(self, step: int) -> jax.Array:
         """The built-in engine's key of the coming step."""
@@ -356,22 +398,17 @@ class Trainer(t5x.trainer.Trainer):
         self._compiled_train_step = train_step
 
     def train(self, batch_iter: Any, num_steps: int, start_step: int | None = None) -> Any:
-        """As T5X's; raises its `PreemptionError`, on which it saves, after any SIGTERM."""
+        """As T5X's; raises `StoppedError`, on which T5X saves, when any process is told to stop."""
         first = int(self.train_state.step if start_step is None else start_step)
         return super().train(self._until_asked_to_stop(batch_iter, first), num_steps, first)
 
     def _until_asked_to_stop(self, batch_iter: Any, first: int) -> Iterator[Any]:
         for step in itertools.count(first):
-            if self._stops_before(step):
-                raise t5x.trainer.PreemptionError(f"SIGTERM: stopped after step {step}.")
+            # T5X would save again what it has saved just now, and fail.
+            if self._stop.requested() and newest_step(self._model_dir) != step:
+                logging.info("Asked to stop: stopped after step %d.", step)
+                raise StoppedError
             yield next(batch_iter)
-
-    def _stops_before(self, step: int) -> bool:
-        """Whether all processes stop here; they all ask at the same steps."""
-        if jax.process_count() > 1:
-            self._asked_to_stop |= multihost_utils.reached_preemption_sync_point(step)
-        # T5X would save again what it has saved just now, and fail.
-        return self._asked_to_stop and newest_step(self._model_dir) != step
 
     def eval(self, batch_iters: Mapping[str, Any]) -> Mapping[str, Any]:
         """T5X's training evaluation, then every evaluator; values by task and by evaluator."""
@@ -386,11 +423,12 @@ class Trainer(t5x.trainer.Trainer):
             for key, value in found[name].items():
                 self._writers[name].write_scalar(key, value, step)
             logging.info("Evaluation %s after step %d: %s", name, step, dict(found[name]))
-        return found
+        return found or {"": {}}  # T5X takes nothing at all for a mistake.
 
     def close(self) -> None:
         """As T5X's."""
         super().close()
+        self._signals.close()
         for writer in self._writers.values():
             writer.close()
 
@@ -399,7 +437,7 @@ def _check_state(state: Any, abstract: Any) -> None:
     """Refuses a restored state whose parameters or counts are not the model's."""
     found = checkpoints.flatten(flax.core.unfreeze(state.params))
     checkpoints.check_same_parameters(
-        found, checkpoints.flatten(abstract.params), "T5X's checkpoint in MODEL_DIR",
+        found, checkpoints.flatten(abstract.params), "of T5X in MODEL_DIR",
         "Use another MODEL_DIR, or the recipe that made it.",
     )  # fmt: skip
     counts = [state.step, *jax.tree.leaves(state.param_states)]
@@ -413,59 +451,15 @@ def _check_state(state: Any, abstract: Any) -> None:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _HostRows:
-    """In an `input_pipeline.BatchLayout`'s place: rows that T5X itself puts on devices."""
-
-    rows: np.ndarray
-
-    @classmethod
-    def of(cls, cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int) -> "_HostRows":
-        size = cfg.batch_size // num_shards
-        return cls(np.arange(shard_id * size, (shard_id + 1) * size))
-
-    def local_rows(self, batch_size: int) -> np.ndarray:
-        del batch_size
-        return self.rows
-
-    def to_global(self, host_batch: Any, batch_size: int) -> Any:
-        del batch_size
-        return host_batch
-
-    def spec(self, global_spec: Mapping[str, Any]) -> dict[str, Any]:
-        """Shapes and dtypes of these rows alone."""
-        array_spec = clu.data.dataset_iterator.ArraySpec
-        size = len(self.rows)
-        return {k: array_spec(v.dtype, (size, *v.shape[1:])) for k, v in global_spec.items()}
-
-
-class TrainData(clu.data.dataset_iterator.DatasetIterator):
-    """This process's rows of endless training batches, from a step on; prepared ahead.
-
-    The position is the step of T5X's newest checkpoint: nothing else is saved, and another number
-    of processes goes on with the same batches.
-    """
-
-    element_spec: Any = None  # Shapes and dtypes of what is given, of each of these.
-
-    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: _HostRows, first_step: int):
-        self.element_spec = rows.spec(cfg.batch_spec())
-        first_sample = first_step * cfg.batch_size
-        self._batches = input_pipeline.TrainIterator(cfg, rows, first_sample)  # pyright: ignore
-
-    def __next__(self) -> dict[str, Any]:
-        batch = next(self._batches)
-        return {name: batch[name] for name in self.element_spec}
-
-
 def train_data(
     cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int, converter: Any = None, *,
     model_dir: str,
-) -> TrainData:  # fmt: skip
+) -> host_iterators.TrainData:  # fmt: skip
     """T5X's `get_dataset_fn`: begins at the step of the newest checkpoint in `model_dir`."""
     del converter
     cfg.check()
-    return TrainData(cfg, _HostRows.of(cfg, shard_id, num_shards), newest_step(model_dir))
+    rows = host_iterators.HostRows.of(cfg, shard_id, num_shards)
+    return host_iterators.TrainData(cfg, rows, newest_step(model_dir))
 
 
 def newest_step(model_dir: str) -> int:
@@ -474,26 +468,22 @@ def newest_step(model_dir: str) -> int:
     return max(steps, default=0)
 
 
-class EvaluationData:
-    """This process's rows of one pass over an evaluation's data; may be iterated again."""
+class _Datasets(dict[str, host_iterators.EvaluationData]):
+    """By name. T5X evaluates where this is true: there may be evaluators alone."""
 
-    def __init__(self, cfg: input_pipeline.DatasetConfig, rows: _HostRows):
-        spec = {k: v for k, v in cfg.batch_spec().items() if k != "augment_keys"}
-        spec["weights"] = jax.ShapeDtypeStruct((cfg.batch_size,), np.float32)
-        self.element_spec = rows.spec(spec)
-        self._cfg, self._rows = cfg, rows
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for batch, _ in input_pipeline.eval_batches(self._cfg, self._rows):  # pyright: ignore
-            yield {name: batch[name] for name in self.element_spec}
+    def __bool__(self) -> bool:
+        return True
 
 
 def evaluation_data(
-    cfg: input_pipeline.DatasetConfig, shard_id: int, num_shards: int, eval_steps: int,
-    converter: Any = None,
-) -> dict[str, EvaluationData]:  # fmt: skip
+    cfgs: Sequence[input_pipeline.DatasetConfig | None], shard_id: int, num_shards: int,
+    eval_steps: int, converter: Any = None,
+) -> _Datasets:  # fmt: skip
     """T5X's `train_eval_get_dataset_fn`: EVAL_EXAMPLES says how many, not `eval_steps`."""
     del eval_steps, converter
-    cfg.check()
-    rows = _HostRows.of(cfg, shard_id, num_shards)
-    return {cfg.mixture_or_task_name: EvaluationData(cfg, rows)}
+    found = _Datasets()
+    for cfg in filter(None, cfgs):
+        cfg.check()
+        rows = host_iterators.HostRows.of(cfg, shard_id, num_shards)
+        found[cfg.mixture_or_task_name] = host_iterators.EvaluationData(cfg, rows)
+    return found

@@ -35,6 +35,7 @@ SIGNATURES = {
     "trainer.Trainer._get_step_rng": "self step",
     "trainer.MetricsManager.__init__": "self name summary_dir",
     "trainer.MetricsManager.write_scalar": "self key val step",
+    "trainer.MetricsManager.close": "self",
     "utils.TrainStateInitializer.__init__": "self optimizer_def init_fn input_shapes partitioner "
     "input_types",
     "utils.TrainStateInitializer.from_scratch": "self init_rng",

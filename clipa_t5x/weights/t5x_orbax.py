@@ -40,6 +40,12 @@ def find(path: str) -> str | None:
     return os.fspath(newest) if newest is not None and _is_checkpoint(newest) else None
 
 
+def step(path: str) -> int:
+    """Of the checkpoint that `find` finds, as its folder's name says; 0 where it does not."""
+    name = re.search(r"checkpoint_(\d+)/*$", find(path) or "")
+    return int(name[1]) if name else 0
+
+
 def _is_checkpoint(folder: epath.Path) -> bool:
     with contextlib.suppress(UserError):
         return any(names[:1] == (_TARGET,) for names in _names(folder))

@@ -43,6 +43,11 @@ def test_parameters_are_read_by_name(run, name, scale):
         assert arrays["logit_scale"].read() == np.float32(scale)
 
 
+@pytest.mark.parametrize(("name", "step"), [("checkpoint_5/", 5), ("", 9), ("nowhere", 0)])
+def test_the_step_is_the_folders(run, name, step):
+    assert t5x_orbax.step(str(run / name)) == step
+
+
 def test_bfloat16_stays_so(tmp_path):
     write(tmp_path / "checkpoint_1", {"a": np.asarray(jnp.ones(3, jnp.bfloat16))})
     with t5x_orbax.open_checkpoint(str(tmp_path)) as arrays:
