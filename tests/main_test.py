@@ -124,6 +124,7 @@ def test_a_signal_before_training_asks_to_be_started_again(signum, tmp_path):
     assert f"{signal.Signals(signum).name}: ending at once, with nothing to save." in err
 
 
+@pytest.mark.slow
 def test_one_process_s_mistake_ends_the_others_to_be_started_again(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ def workspace(tmp_path_factory):
 def make_run(workspace, tmp_path_factory):
     """Returns a function that makes a run of a few steps, in its own folder."""
 
-    def make(num_processes=1, steps=60, evaluated=False):
+    def make(num_processes=1, steps=32, evaluated=False):
         model_dir = tmp_path_factory.mktemp("runs") / "run"
         macros = {
             "TRAIN_STEPS": steps, "CHECKPOINT_PERIOD": PERIOD, "LOG_PERIOD": 1,
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_and_stopped_comes_to_the_same_end(make_run):
     kill = run.kill("step", rng, with_signal="SIGTERM", within=0.1)
     assert kill is not None and kill.statuses == (75,) and kill.redone == 0
     run.finish()
-    assert_same_end(run, whole, 60)
+    assert_same_end(run, whole, 32)
 
 
 @pytest.mark.slow

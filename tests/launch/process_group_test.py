@@ -17,6 +17,14 @@ from launch import process_group
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def a_terminal():
+    """Where tests run without one, SIGHUP is ignored, and stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def command(tmp_path, index, code, *arguments, **environment):
     return process_group.Command(
         (*PYTHON, "-c", code, *map(str, arguments)), environment, tmp_path / f"process_{index}.log"
