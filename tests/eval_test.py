@@ -129,6 +129,7 @@ def compilations():
     logger.removeHandler(handler)
 
 
+@pytest.mark.slow
 def test_a_watch_that_is_killed_goes_on_and_evaluates_all_of_a_run_once(tmp_path, monkeypatch):
     monkeypatch.chdir(experiments.digits_dir(str(tmp_path)))
     run, log = str(tmp_path / "run"), tmp_path / "log"

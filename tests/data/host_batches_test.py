@@ -48,7 +48,10 @@ def test_undecodable_images_are_replaced(tmp_path):
     assert tasks.get_source(name).records.counts()["bad/undecodable image"] >= 9
 
 
-@pytest.mark.parametrize("batch_size, rows, first", [(6, [1, 4], 0), (20, range(20), 7)])
+@pytest.mark.parametrize(
+    "batch_size, rows, first",
+    [(6, [1, 4], 0), pytest.param(20, range(20), 7, marks=pytest.mark.slow)],
+)
 def test_replacements_are_the_same_for_every_process_and_start(tmp_path, batch_size, rows, first):
     name = make(tmp_path, broken=[0, 6, 12])
     whole = joined(take(tiny_records.config(name, 5), 12))
