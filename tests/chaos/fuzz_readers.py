@@ -194,8 +194,8 @@ def _word_classes(folder):
 
 
 def _class_names(folder):
-    texts, count = prompts.prompts(str(folder / "classes.txt"), str(folder / "templates.txt"))
-    assert len(texts) % count == 0
+    names, templates = prompts.read(str(folder / "classes.txt"), str(folder / "templates.txt"))
+    assert len(prompts.prompts(names, templates)) == len(names) * len(templates)
     return ""
 
 
