@@ -73,7 +73,7 @@ def work(what: str, model: models.ClipModel, folder: pathlib.Path) -> None:
     else:
         export.export(
             model=model, train_dataset_cfg=cfg, train_eval_dataset_cfg=cfg, model_dir=model_dir,
-            output_dir=str(folder / "out"), export_format=what, probe_rows=0,
+            output_dir=str(folder / what), export_format=what, probe_rows=0,
         )  # fmt: skip
     # Not getrusage's, which begins with what the parent had.
     status = pathlib.Path("/proc/self/status").read_text()
