@@ -19,10 +19,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from clipa_t5x import checkpoint_folders, checkpoint_manifest, checkpoints, gin_utils, trainer
+from clipa_t5x import checkpoint_folders, checkpoint_manifest, checkpoints, experiment, trainer
 from clipa_t5x.data import input_pipeline
 
-ROOT = "clipa_t5x.train.train"
 KEEP = 2
 GIB = 1 << 30
 
@@ -33,8 +32,8 @@ def build(width: int, depth: int, batch_size: int):
     for tower in ("VisionTransformer", "TextTransformer"):
         bindings += [f"{tower}.{name} = {value}" for name, value in
                      (("width", width), ("depth", depth), ("mlp_dim", 4 * width))]  # fmt: skip
-    gin_utils.parse(["gin/digits_stage1.gin"], bindings, ["gin"], root=ROOT)
-    arguments = gin_utils.build_arguments(ROOT)
+    experiment.parse(["gin/digits_stage1.gin"], bindings, ["gin"])
+    arguments = experiment.arguments()
     partitioner, cfg = arguments["partitioner"], arguments["train_dataset_cfg"]
     bound = trainer.Trainer(
         model=arguments["model"],

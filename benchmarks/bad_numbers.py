@@ -11,10 +11,9 @@ import time
 import jax
 import numpy as np
 
-from clipa_t5x import bad_numbers, gin_utils, trainer
+from clipa_t5x import bad_numbers, experiment, trainer
 from clipa_t5x.data import input_pipeline
 
-ROOT = "clipa_t5x.train.train"
 POLICIES = {
     "off": None,
     "skip": bad_numbers.Policy("skip"),
@@ -58,8 +57,8 @@ def main():
     parser.add_argument("--steps", type=int, default=5, help="steps per segment")
     args = parser.parse_args()
     bindings = ["MODEL_DIR = 'unused'", f"BATCH_SIZE = {args.batch_size}"]
-    gin_utils.parse(["gin/digits_stage1.gin"], bindings, ["gin"], root=ROOT)
-    arguments = gin_utils.build_arguments(ROOT)
+    experiment.parse(["gin/digits_stage1.gin"], bindings, ["gin"])
+    arguments = experiment.arguments()
     runs = {name: Run(arguments, policy) for name, policy in POLICIES.items()}
     for number in range(-1, args.rounds):  # the first round warms up
         # Either end goes first as often, so that what drifts within a round cancels out.

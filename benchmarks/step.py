@@ -113,27 +113,23 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> None:
         f"{sizes['text_length']} tokens, {sizes['train_flops'] / 1e9:.2f} GFLOP an example; "
         f"matmul ceiling {ceiling / 1e12:.3f} TFLOP/s; {args.cores} cores on a CPU"
     )
-    medians = {}
+    # Of a CPU that others use, too, what was left over says nothing: seconds of its own do.
+    clock, cores = ("cpu", args.cores) if sizes["device"] == "cpu" else ("wall", 1)
+
+    def rates(each: str, clock: str) -> list[float]:
+        return [r["images"] / r[clock] for r in rounds[each]]
+
+    medians = {each: statistics.median(rates(each, clock)) for each in names}
     for each in names:
-        wall = statistics.median(r["images"] / r["wall"] for r in rounds[each])
-        busy = statistics.median(r["images"] / r["cpu"] for r in rounds[each])
-        rate = busy if sizes["device"] == "cpu" else wall
-        # Of a CPU that others use, too, what was left over says nothing: seconds of its own do.
-        mfu = (
-            rate * (args.cores if sizes["device"] == "cpu" else 1) * sizes["train_flops"] / ceiling
-        )
-        medians[each] = rate
+        wall, busy = (statistics.median(rates(each, kind)) for kind in ("wall", "cpu"))
+        mfu = medians[each] * cores * sizes["train_flops"] / ceiling
         print(
             f"  {each:9s} {wall:9.1f} images/s  {busy:9.1f} images/CPU-s  MFU {mfu:5.1%}  "
             f"peak {ends[each]['peak_bytes'] / 2**30:.2f} GiB"
         )
     for peer in args.peers:
-        ratios = [
-            a["images"] / a["cpu"] / (b["images"] / b["cpu"])
-            if sizes["device"] == "cpu"
-            else a["images"] / a["wall"] / (b["images"] / b["wall"])
-            for a, b in zip(rounds[OURS], rounds[peer], strict=True)
-        ]
+        both = zip(rates(OURS, clock), rates(peer, clock), strict=True)
+        ratios = [ours / theirs for ours, theirs in both]
         print(
             f"  ours / OpenCLIP {peer}: {medians[OURS] / medians[peer]:.2f} "
             f"(rounds {min(ratios):.2f} to {max(ratios):.2f})"

@@ -13,10 +13,8 @@ import time
 import jax
 import numpy as np
 
-from clipa_t5x import gin_utils, metrics, stage_info, supervision, train_loop, trainer, watchdog
+from clipa_t5x import experiment, metrics, stage_info, supervision, train_loop, trainer, watchdog
 from clipa_t5x.data import input_pipeline
-
-ROOT = "clipa_t5x.train.train"
 
 
 class SameBatch:
@@ -34,8 +32,8 @@ class SameBatch:
 def build(batch_size: int):
     """The digits recipe's trainer, a fresh state and a batch of noise."""
     bindings = ["MODEL_DIR = 'unused'", f"BATCH_SIZE = {batch_size}"]
-    gin_utils.parse(["gin/digits_stage1.gin"], bindings, ["gin"], root=ROOT)
-    arguments = gin_utils.build_arguments(ROOT)
+    experiment.parse(["gin/digits_stage1.gin"], bindings, ["gin"])
+    arguments = experiment.arguments()
     partitioner, cfg = arguments["partitioner"], arguments["train_dataset_cfg"]
     bound = trainer.Trainer(
         model=arguments["model"],

@@ -93,17 +93,14 @@ class Evaluation:
                 continue
             cfg = self.train_eval_dataset_cfg
             if cfg is not None and group.startswith(run_history.TRAINING_EVAL):
+                name = "of the loss"
                 values = eval_loss(self.trainer, self.layout, cfg, params, self.before_batch)
             else:
-                item = self.evaluators[group.removeprefix(run_history.INFERENCE_EVAL)]
+                name = group.removeprefix(run_history.INFERENCE_EVAL)
+                item = self.evaluators[name]
                 values = item.evaluate(params, embed, self.model_dir if last else None)
             results[group] = values
             self.writer.write(step, group, values)
-            name = (
-                "of the loss"
-                if group.startswith(run_history.TRAINING_EVAL)
-                else group.split("/", 1)[1]
-            )
             text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             logging.info("Evaluation %s after step %d: %s", name, step, text)
         return results

@@ -173,10 +173,9 @@ def _sources(source: str, wanted: Mapping[str, Any]) -> dict[str, list[dict[str,
         checkpoint = stage_handover.open_checkpoint(*checkpoints.locate(source))
         return {n: [{"name": n, **exporting.describe(checkpoint.read(n))}] for n in wanted}
     with parameter_files.open_parameters(source, wanted) as file:
-        arrays = {name: array for part in file.sources.values() for name, array in part.items()}
         found = {
             name: {"name": name, **exporting.describe(array.read())}
-            for name, array in arrays.items()
+            for name, array in file.source_arrays.items()
         }
         return {name: [found[part] for part in file.sources[name]] for name in wanted}
 
@@ -218,10 +217,8 @@ def _summary(
     layout = f"{file.layout} layout, {file.num_arrays} arrays" if file else "a checkpoint"
     lines = [f"{source}: {layout}, {num_params:,} parameters"]
     lines += [f"resized {note}" for note in loaded.notes]
-    arrays = {
-        name: a for part in (file.sources if file else {}).values() for name, a in part.items()
-    }
-    dtypes = collections.Counter(array.dtype.name for array in arrays.values())
+    arrays = file.source_arrays.values() if file else ()
+    dtypes = collections.Counter(array.dtype.name for array in arrays)
     lines += [
         f"{count} arrays of {dtype} became float32"
         for dtype, count in sorted(dtypes.items())

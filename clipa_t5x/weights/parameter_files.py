@@ -58,6 +58,11 @@ class ParameterFile:
     warnings: Sequence[str] = ()
     sources: Mapping[str, StoredArrays] = dataclasses.field(default_factory=dict)
 
+    @property
+    def source_arrays(self) -> StoredArrays:
+        """The arrays there that parameters are made of, each once, by their names there."""
+        return {name: array for part in self.sources.values() for name, array in part.items()}
+
     def restore(self, request: Any) -> Any:
         """Reads parameters, one after the other, each laid out as it is asked for.
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from process_families import wait_for
 from saved_runs import one_line_error
 
 from clipa_t5x import processes
@@ -38,20 +39,12 @@ def workers_of(folder, *command, count=2, **given):
     return ShellWorkers(plan, count, reach_in(folder), say=said.append), said
 
 
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "this does not come about"
-        time.sleep(0.05)
-    return value
-
-
 def ended(workers):
     def statuses():
         found = [start.status for start in workers.look()]
         return None not in found and found
 
-    return until(statuses)
+    return wait_for(statuses, 20)
 
 
 def test_hostile_values_arrive_as_they_are(tmp_path):
@@ -154,7 +147,7 @@ sys.exit(75)
 """
     workers, said = workers_of(tmp_path, "python", "-c", code, count=1)
     workers.start(1, 0)
-    until(lambda: workers.look() and said)
+    wait_for(lambda: workers.look() and said, 20)
     stranger, child = map(int, said[0].split()[1:])
     try:
         workers.signal(1, "TERM", "stopped")
@@ -162,7 +155,7 @@ sys.exit(75)
         assert ended(workers) == [75] and said[1] == "[0] signals 1"
         assert workers.look()[0].is_stopped
         assert processes.start_ticks(stranger) is not None
-        until(lambda: processes.start_ticks(child) is None)
+        wait_for(lambda: processes.start_ticks(child) is None, 20)
     finally:
         os.kill(stranger, signal.SIGKILL)
 
@@ -170,12 +163,12 @@ sys.exit(75)
 def test_what_is_killed_is_gone_with_all_its_group(tmp_path):
     workers, said = workers_of(tmp_path, "bash", "-c", "sleep 60 & echo $!; wait", count=1)
     workers.start(1, 0)
-    until(lambda: workers.look() and said)
+    wait_for(lambda: workers.look() and said, 20)
     assert [start.status for start in workers.look()] == [None]
     child = int(said[0].split()[1])
     workers.signal(1, "KILL")
     assert ended(workers) == [GONE]
-    until(lambda: processes.start_ticks(child) is None)
+    wait_for(lambda: processes.start_ticks(child) is None, 20)
 
 
 def test_the_number_of_another_process_is_no_target(tmp_path):
